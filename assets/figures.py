@@ -1,0 +1,78 @@
+"""Draw the README's figures from the logs of finished runs.
+
+    python assets/figures.py out out/seed2 out/seed3
+
+A line is the mean over the runs, the band around it their range. Needs matplotlib, as nothing else.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+RUNS = {"ppo": ("PPO (ptx_coef 0)", "tab:orange"), "ppo_ptx": ("PPO-ptx", "tab:blue")}
+
+
+def curve(outs: list[Path], run: str, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps (S,) and values (number of runs, S) of a metric, at the steps that have it."""
+    logs = [read(out / run / "metrics.jsonl") for out in outs]
+    steps = [row["step"] for row in logs[0] if key in row]
+    return np.array(steps), np.array([[row[key] for row in log if key in row] for log in logs])
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
+    """The running mean over `width` iterations, of those there are at the ends."""
+    kernel = np.ones(width)
+    count = np.convolve(np.ones(values.shape[1]), kernel, "same")
+    return np.array([np.convolve(row, kernel, "same") / count for row in values])
+
+
+def panel(axis, outs: list[Path], key: str, title: str, running: bool = True) -> None:
+    for run, (label, colour) in RUNS.items():
+        steps, values = curve(outs, run, key)
+        values = smooth(values) if running else values
+        axis.plot(steps, values.mean(0), color=colour, label=label)
+        axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
+    axis.set(title=title, xlabel="iteration")
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def training(outs: list[Path]):
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), layout="constrained")
+    panel(axes[0], outs, "objective/scores", "reward model's score (the proxy)")
+    panel(axes[1], outs, "objective/gold", "gold score (nobody is trained on it)")
+    panel(axes[2], outs, "objective/kl", "KL from the reference, nats a response")
+    panel(axes[3], outs, "heldout/loss", "loss on held-out pretraining text", running=False)
+    axes[0].legend(frameon=False)
+    return figure
+
+
+def proxy_and_gold(outs: list[Path]):
+    """Both scores, as gains over the start, along the square root of the KL."""
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained", sharey=True)
+    for axis, (run, (label, colour)) in zip(axes, RUNS.items()):
+        root = np.sqrt(smooth(curve(outs, run, "objective/kl")[1]).clip(0))
+        for key, style in (("objective/scores", "--"), ("objective/gold", "-")):
+            values = smooth(curve(outs, run, key)[1])
+            for x, y in zip(root, values - values[:, :1]):
+                axis.plot(x, y, style, color=colour, alpha=0.8)
+        axis.set(title=f"{label}: gold (solid), proxy (dashed)", xlabel="square root of the KL")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("gain over the start")
+    return figure
+
+
+def main() -> None:
+    outs = [Path(name) for name in sys.argv[1:] or ["out"]]
+    for name, draw in (("training", training), ("gold_and_proxy", proxy_and_gold)):
+        draw(outs).savefig(Path(__file__).parent / f"{name}.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""GPT-2, its twin with a scalar for a head, and how to sample. Nothing here knows of training.
+
+The architecture is GPT-2's to the letter (Radford et al. 2019; InstructGPT's is larger): learned
+positions, LayerNorm with bias before each sublayer and at the end, tanh GELU, an unembedding tied
+to the token embedding. A row of tokens is prompt, response, padding: as no token sees what stands
+to its right, padding on the right is invisible, and no forward pass needs to know of it.
+
+In shapes: B rows, T columns, C width (n_embd), H heads (n_head), D = C / H, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+@dataclass
+class GPTConfig:
+    """The shape of a GPT, and nothing else: about 12 n_layer n_embd^2 + V n_embd parameters."""
+
+    vocab_size: int = 50257  # 256 bytes + 50,000 merges + <|endoftext|>
+    block_size: int = 1024  # longest row, in tokens
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0  # on the residual branches only, as in InstructGPT's SFT (C.1: 0.2)
+
+# GPT-1: gpt2 with a context of 512, each LayerNorm after its sublayer. GPT-3 6B, InstructGPT's
+# reward model: 32 layers, 32 heads, width 4096; GPT-3 175B: 96, 96 and 12288; context 2048.
+PRESETS = {
+    "fable": dict(block_size=256, n_layer=4, n_head=4, n_embd=128),  # about 1M, from nothing
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 355M
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1.56B, InstructGPT's smallest was 1.3B
+}
+
+class KVCache:
+    """Keys and values of the tokens read so far, allocated once, with one write position per row.
+
+    A prompt's padding is written too, and overwritten later: no row looks beyond its own position.
+    """
+
+    def __init__(self, batch: int, length: int, device: torch.device):
+        self.length, self.layers = length, {}  # layer -> keys, values, each (B, H, length, D)
+        self.position = torch.zeros(batch, dtype=torch.long, device=device)  # next column, by row
+
+    def update(self, layer: int, k: Tensor, v: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, H, T, D) from each row's position on; returns all `width` columns."""
+        if layer not in self.layers:
+            shape = (*k.shape[:2], self.length, k.size(3))
+            self.layers[layer] = k.new_zeros(shape), v.new_zeros(shape)
+        rows = torch.arange(len(k), device=k.device)[:, None]
+        columns = self.position[:, None] + torch.arange(k.size(2), device=k.device)
+        for cached, new in zip(self.layers[layer], (k, v)):
+            cached[rows, :, columns] = new.transpose(1, 2)
+        return tuple(cached[:, :, :width] for cached in self.layers[layer])
+
+    def keep(self, alive: Tensor) -> None:
+        """Drop all other rows, so that a response that has ended costs nothing more."""
+        self.position = self.position[alive]
+        self.layers = {i: (k[alive], v[alive]) for i, (k, v) in self.layers.items()}
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D) + mask) v: (B, H, T, D), twice (B, H, S, D), (1 or B, 1, T, S)."""
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype))
+    B, H, T, D = q.shape  # the fused kernel for CPUs is 4 times slower at these widths in bfloat16
+    q, k, v, bias = (x.flatten(0, 1) for x in (q, k, v, mask.to(q.dtype).expand(B, H, T, -1)))
+    scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=D**-0.5)
+    return (scores.softmax(-1).to(v.dtype) @ v).view(B, H, T, D)
+
+class Attention(nn.Module):
+    """Causal self-attention, all heads at once."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.layer, self.n_head = layer, config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, mask: Tensor, cache: KVCache | None = None) -> Tensor:
+        B, T, C = x.shape
+        heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v, mask.size(-1))
+        return self.c_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, C))
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, mask: Tensor, cache: KVCache | None = None) -> Tensor:
+        x = x + self.dropout(self.attn(self.ln_1(x), mask, cache))
+        return x + self.dropout(self.mlp(self.ln_2(x)))
+
+class GPT(nn.Module):
+    """A language model: tokens (B, T) -> logits (B, T, V) of the token that follows each."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        for name, weight in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(weight)
+            elif weight.dim() == 2:  # N(0, 0.02), less where 2 n_layer branches add up (GPT-2, 2.3)
+                branch = (2 * config.n_layer) ** -0.5 if "c_proj" in name else 1
+                nn.init.normal_(weight, std=0.01 if name == "wpe.weight" else 0.02 * branch)
+
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The last layer's states after the final LayerNorm, (B, T) -> (B, T, C)."""
+        position = torch.arange(tokens.size(1), device=tokens.device).expand(1, -1)  # or (B, T)
+        if cache is not None:
+            position = cache.position[:, None] + position
+        x = self.wte(tokens) + self.wpe(position)
+        column = torch.arange(multiple(int(position.max()) + 1), device=tokens.device)
+        column = column[: tokens.size(1)] if cache is None else column
+        unseen = column > position[:, None, :, None]  # what stands to the right
+        mask = torch.zeros_like(unseen, dtype=x.dtype).masked_fill(unseen, -torch.inf)
+        for block in self.h:
+            x = block(x, mask, cache)
+        return self.ln_f(x)
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """States (..., C) -> logits (..., V); apart, as few columns need their logits."""
+        return F.linear(hidden, self.wte.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.unembed(self.hidden(tokens))
+
+class ScalarModel(nn.Module):
+    """A GPT with one number in place of its logits: tokens (B, T) -> (B, T).
+
+    The reward model reads it at a row's last token, the value network, its copy, at every token.
+    The head starts from N(0, 1 / (C + 1)) as in OpenAI's code of 2019; the paper does not say.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.gpt = GPT(config)
+        self.head = nn.Linear(config.n_embd, 1)
+        nn.init.normal_(self.head.weight, std=(config.n_embd + 1) ** -0.5)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        states = self.gpt.hidden(tokens).float()  # a sum, as autocast would round a matrix product
+        return (states * self.head.weight[0]).sum(-1) + self.head.bias
+
+def multiple(n: int, of: int = 8) -> int:
+    """n rounded up: with few different shapes, few matrix products have to be compiled for."""
+    return -(-n // of) * of
+
+def pad_right(rows: list[list[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Ragged lists of ids -> tokens (B, T), lens (B,). What fills the padding does not matter."""
+    lens = torch.tensor([len(row) for row in rows])
+    tokens = torch.zeros(len(rows), multiple(int(lens.max())), dtype=torch.long)
+    for row, ids in zip(tokens, rows):
+        row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
+    return tokens.to(device), lens.to(device)
+
+def sample(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """One token a row from softmax(logits / temperature), at 0 the likeliest: (B, V) -> (B,).
+
+    Inverts the cumulative distribution at one uniform number a row. No top-k, no top-p: what is
+    sampled has to be the very distribution that the log-probabilities are of.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    cdf = F.softmax(logits.float() / temperature, dim=-1).cumsum(-1)
+    uniform = torch.rand(len(cdf), 1, device=cdf.device) * cdf[:, -1:]
+    return (cdf <= uniform).sum(-1).clamp(max=logits.size(-1) - 1)
+
+@torch.no_grad()
+def stream(
+    model: GPT, prompts: list[list[int]], max_new_tokens: int, eos: int, temperature: float = 1.0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Decode step by step: yields the rows still going and the next token of each, EOS last."""
+    tokens, lens = pad_right(prompts, model.wte.weight.device)
+    if lens.min() < 1 or lens.max() + max_new_tokens > model.config.block_size:
+        need = f"at least 1, and with {max_new_tokens} new ones at most {model.config.block_size}"
+        raise ValueError(f"prompts of {lens.min()} to {lens.max()} tokens: they need {need}")
+    rows = torch.arange(len(tokens), device=tokens.device)
+    alive = torch.ones_like(rows, dtype=torch.bool)
+    cache = KVCache(len(rows), multiple(tokens.size(1) + max_new_tokens), tokens.device)
+    state = model.hidden(tokens, cache)[rows, lens - 1]
+    cache.position = lens
+    for _ in range(max_new_tokens):
+        token = sample(model.unembed(state), temperature)
+        yield rows[alive], token[alive]
+        alive = alive & (token != eos)
+        if not alive.any():
+            return
+        if alive.sum() <= 0.8 * len(alive):  # often enough to save work, but to copy little
+            cache.keep(alive)
+            rows, token, alive = rows[alive], token[alive], alive[alive]
+        state = model.hidden(token[:, None], cache)[:, 0]
+        cache.position = cache.position + 1
+
+def generate(
+    model: GPT, prompts: list[list[int]], max_new_tokens: int, eos: int, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Complete every prompt, up to its EOS or max_new_tokens.
+
+    Returns tokens (B, T), prompt_lens (B,) and total_lens (B,), which counts prompt, response and
+    EOS, if one was met. Raises ValueError if a row cannot fit the context.
+    """
+    tokens, prompt_lens = pad_right(prompts, model.wte.weight.device)
+    tokens = F.pad(tokens, (0, max_new_tokens))
+    total_lens = prompt_lens.clone()
+    for rows, token in stream(model, prompts, max_new_tokens, eos, temperature):
+        tokens[rows, total_lens[rows]] = token
+        total_lens[rows] += 1
+    return tokens[:, : total_lens.max()], prompt_lens, total_lens

@@ -1,0 +1,788 @@
+"""InstructGPT (Ouyang et al. 2022, arXiv 2203.02155), from random weights to an aligned model.
+
+    pretrain -> sft (step 1) -> rm (step 2) -> ppo (step 3) -> evaluate, chat
+
+Symbols, the paper's and ours (it uses r and gamma for two things each):
+
+    pi^RL, pi^SFT   policy, ref       eq. 2     gamma      ptx_coef      eq. 2
+    r_theta(x, y)   scores (B,)       eq. 1     discount   gamma = 1     C.4
+    beta            kl_coef           eq. 2     lambda     lam           not stated
+    pi / pi_old     ratio (B, T-1)    PPO       epsilon    cliprange     C.4
+
+One layout of tensors everywhere. A row is prompt, response, padding. What belongs to a token is
+aligned to the action that chose it: column t is the state after reading tokens[:, :t+1], and its
+action is tokens[:, t+1].
+
+    tokens   (B, T)    p0   p1   p2   r0   r1   EOS  pad  pad
+    column t           0    1    2    3    4    5    6
+    action             p1   p2   r0   r1   EOS  pad  pad
+    mask     (B, T-1)  0    0    1    1    1    0    0
+    rewards            .    .   -b k -b k -b k + score       b = kl_coef, k = log pi - log ref
+
+A value is thus that of the state before the action, and the one mask, made from lengths and never
+from token ids, serves SFT and PPO alike. Dropout is on in sft alone.
+"""
+
+import argparse
+import codecs
+import copy
+import inspect
+import json
+import math
+import os
+import pickle
+import re
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from data.formats import (
+    UserError, decode, get_tokenizer, gold_function, passages, read_demonstrations,
+    read_pretraining, read_rows, render,
+)
+from model import GPT, PRESETS, GPTConfig, ScalarModel, generate, multiple, pad_right, stream
+
+# ---- The equations: tensors and floats in, tensors out -------------------------------------------
+# `count` is what a mean is divided by, given when the tensors are only a part of an optimizer step:
+# the parts then add up to the step, exactly. Nothing outside the mask matters, not even NaN.
+
+Count = Tensor | float | None
+
+def masked_mean(x: Tensor, mask: Tensor, count: Count = None) -> Tensor:
+    """The mean of x over the columns where mask is 1: (B, T-1), (B, T-1) -> ()."""
+    return torch.where(mask > 0, x, 0).sum() / (mask.sum().clamp(min=1) if count is None else count)
+
+def lm_loss(logprobs: Tensor, mask: Tensor, count: Count = None) -> Tensor:
+    """(1) -E[log pi(token)], nats a token: (B, T-1), (B, T-1) -> (). SFT's loss, and the ptx term.
+
+    SFT's mask leaves the prompt out: our choice, the paper does not say.
+    """
+    return -masked_mean(logprobs, mask, count)
+
+def pairwise_loss(scores: Tensor, ranks: Tensor, groups: Tensor, count: Count = None) -> Tensor:
+    """(2) -1/C(K,2) E[log sigmoid(r(x, y_w) - r(x, y_l))], nats a pair (paper, eq. 1).
+
+    scores (N,), ranks (N,) 0 = best and ties equal, groups (N,) the index of the prompt -> (). Each
+    completion is scored once and meets all others of its prompt. Tied pairs are dropped (C.2); the
+    mean is over a prompt's remaining pairs, then over the prompts that have any (our choice).
+    """
+    better = (groups[:, None] == groups) & (ranks[:, None] < ranks)
+    winner, loser = better.nonzero(as_tuple=True)
+    losses = -F.logsigmoid(scores[winner] - scores[loser])
+    pairs = torch.bincount(groups[winner], minlength=1)
+    prompts = (pairs > 0).sum().clamp(min=1) if count is None else count
+    return (losses / pairs[groups[winner]]).sum() / prompts
+
+def kl_rewards(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float
+) -> Tensor:
+    """(3) r(x, y) - beta log(pi / ref), token by token (paper, eq. 2): -> (B, T-1).
+
+    scores (B,), the rest (B, T-1). The plain log-ratio (k1) is the one estimator of the KL whose
+    expected gradient, as a reward, is the KL's. The score lands on the last response token, always.
+    """
+    rewards = torch.where(mask > 0, -kl_coef * (logprobs - ref_logprobs), 0)
+    last = mask.cumsum(1).argmax(1)
+    rewards[torch.arange(len(rewards)), last] += scores
+    return rewards
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """(4) A_t = sum_l (gamma lam)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t: all (B, T-1).
+
+    Generalized advantage estimation (Schulman et al. 2016, eq. 16); after the last response token
+    the episode is over and V is 0. Returns advantages, and returns A + V, the values' targets.
+    """
+    rewards, values = torch.where(mask > 0, rewards, 0), torch.where(mask > 0, values, 0)
+    deltas = rewards + gamma * F.pad(values[:, 1:], (0, 1)) - values
+    advantages, running = torch.zeros_like(deltas), torch.zeros_like(deltas[:, 0])
+    for t in reversed(range(deltas.size(1))):
+        running = deltas[:, t] + gamma * lam * running
+        advantages[:, t] = running
+    advantages = advantages * mask
+    return advantages, advantages + values
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean 0, population variance 1 over the whole batch's valid tokens, else 0: -> (B, T-1)."""
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
+    return torch.where(mask > 0, (x - mean) * torch.rsqrt(variance + 1e-8), 0)
+
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
+    cliprange: float = 0.2, count: Count = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(5) -E[min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)], ratio = pi / pi_old (PPO, eq. 7).
+
+    All (B, T-1) -> (), and means over response tokens: the ratio, how often the clip takes effect,
+    and half the squared log-ratio, an estimate of KL(pi_old || pi) in nats a token.
+    """
+    log_ratio = torch.where(mask > 0, logprobs - old_logprobs, 0)
+    ratio = log_ratio.exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    return masked_mean(torch.maximum(unclipped, clipped), mask, count), {
+        "val/ratio": masked_mean(ratio.detach(), mask, count),
+        "policy/clipfrac": masked_mean((clipped > unclipped).float(), mask, count),
+        "policy/approxkl": masked_mean(log_ratio.detach() ** 2 / 2, mask, count),
+    }
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor,
+    cliprange_value: float = 0.2, count: Count = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(6) 1/2 E[max((V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2)].
+
+    All (B, T-1) -> (), and statistics. Clip and 1/2 are from OpenAI's code of 2019
+    (lm-human-preferences): the paper mentions neither.
+    """
+    near = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    unclipped, clipped = (values - returns) ** 2, (near - returns) ** 2
+    return 0.5 * masked_mean(torch.maximum(unclipped, clipped), mask, count), {
+        "val/clipfrac": masked_mean((clipped > unclipped).float(), mask, count),
+        "val/error": masked_mean(unclipped.detach(), mask, count),
+    }
+
+# ---- Models on tokens ----------------------------------------------------------------------------
+
+def action_mask(prompt_lens: Tensor, total_lens: Tensor, width: int) -> Tensor:
+    """1.0 where the action is a response token, EOS included: (B,), (B,), T -> (B, T-1)."""
+    action = torch.arange(1, width, device=total_lens.device)
+    return ((prompt_lens[:, None] <= action) & (action < total_lens[:, None])).float()
+
+def token_logprobs(policy: GPT, tokens: Tensor, mask: Tensor) -> Tensor:
+    """log pi(tokens[:, t+1] | tokens[:, :t+1]) where mask is 1, else 0: -> (B, T-1), float32.
+
+    The one way to a log-probability: SFT, ptx, old, new and reference ones come from here, so the
+    ratio before the first update is exactly 1. Only the columns asked for meet the unembedding,
+    which with a large vocabulary is most of the memory.
+    """
+    wanted = mask.flatten().nonzero().squeeze(1)
+    rounded = F.pad(wanted, (0, multiple(len(wanted), 128) - len(wanted)))
+    states = policy.hidden(tokens[:, :-1]).flatten(0, 1)[rounded]
+    actions = tokens[:, 1:].flatten()[rounded]
+    logprobs = -F.cross_entropy(policy.unembed(states).float(), actions, reduction="none")
+    logprobs = logprobs[: len(wanted)]
+    return logprobs.new_zeros(mask.numel()).index_put((wanted,), logprobs).view_as(mask)
+
+def sequence_scores(reward_model: ScalarModel, tokens: Tensor, total_lens: Tensor) -> Tensor:
+    """r(x, y), read at each row's last token, EOS: (B, T), (B,) -> (B,)."""
+    return reward_model(tokens)[torch.arange(len(tokens)), total_lens - 1]
+
+def chunks(rows, size: int) -> list:
+    """Consecutive parts of at most `size`."""
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+def lm_pass(policy: GPT, rows: list[tuple], cfg: "Common", coef: float = 1.0) -> float:
+    """(1) over rows of (ids, prompt_len), in microbatches; raw text has a prompt of one token.
+
+    Adds the gradient of coef * (1) to what has been accumulated; under no_grad it only measures.
+    """
+    count = sum(len(ids) - prompt_len for ids, prompt_len in rows)
+    total = 0.0
+    rows = sorted(rows, key=lambda row: len(row[0]))  # like lengths together: less padding
+    for part in chunks(rows, cfg.microbatch_size):
+        tokens, total_lens = pad_right([ids for ids, _ in part], cfg.device)
+        prompt_lens = torch.tensor([prompt_len for _, prompt_len in part], device=cfg.device)
+        mask = action_mask(prompt_lens, total_lens, tokens.size(1))
+        loss = lm_loss(token_logprobs(policy, tokens, mask), mask, count)
+        if torch.is_grad_enabled():
+            (coef * loss).backward()
+        total += loss.item()
+    return total
+
+@torch.no_grad()
+def score_rows(model: ScalarModel, rows: list[list[int]], cfg: "Common") -> Tensor:
+    """The score of each list of ids: (N,), on the CPU."""
+    parts = [pad_right(part, cfg.device) for part in chunks(rows, cfg.microbatch_size)]
+    return torch.cat([sequence_scores(model, tokens, lens).cpu() for tokens, lens in parts])
+
+@torch.no_grad()
+def complete(policy: GPT, prompts: list[list[int]], eos: int, max_new_tokens: int, temperature=1.0):
+    """`generate` for any number of prompts: tokens (B, T), mask (B, T-1), total_lens (B,)."""
+    parts = [generate(policy, p, max_new_tokens, eos, temperature) for p in chunks(prompts, 256)]
+    width = multiple(max(tokens.size(1) for tokens, _, _ in parts))
+    tokens = torch.cat([F.pad(tokens, (0, width - tokens.size(1))) for tokens, _, _ in parts])
+    prompt_lens, total_lens = (torch.cat([part[i] for part in parts]) for i in (1, 2))
+    return tokens, action_mask(prompt_lens, total_lens, width), total_lens
+
+def responses(tokens: Tensor, mask: Tensor) -> list[list[int]]:
+    """The ids of each row's response, EOS included."""
+    return [row[own > 0].tolist() for row, own in zip(tokens[:, 1:], mask)]
+
+# ---- Plumbing ------------------------------------------------------------------------------------
+
+def adam(model: torch.nn.Module) -> torch.optim.Adam:
+    """Betas from C; epsilon from GPT-3, as the paper gives none; no weight decay (our choice)."""
+    return torch.optim.Adam(model.parameters(), betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+def cosine(progress: float) -> float:
+    """The learning rate's factor as progress goes from 0 to 1: from 1 to a tenth (C.1, C.2)."""
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+
+def update(model: torch.nn.Module, optimizer: torch.optim.Adam, learning_rate: float) -> float:
+    """One step on the accumulated gradient, clipped to a norm of 1 (our choice); returns the norm.
+
+    Raises UserError, before the step, when a loss and so the norm is not finite.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    if not math.isfinite(norm):
+        raise UserError("a loss is not finite: no step is taken (is the learning rate too high?)")
+    optimizer.param_groups[0]["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+@torch.no_grad()
+def ema_update(ema: torch.nn.Module, model: torch.nn.Module, decay: float) -> None:
+    """ema <- decay ema + (1 - decay) model."""
+    for average, new in zip(ema.parameters(), model.parameters()):
+        average.lerp_(new, 1 - decay)
+
+def checkpoint(cfg: "Common", name: str) -> Path:
+    """A run's name means its checkpoint in --out; a name that ends in .pt is a path already."""
+    return Path(name) if name.endswith(".pt") else Path(cfg.out) / f"{name}.pt"
+
+def save(cfg: "Common", model: GPT | ScalarModel) -> None:
+    """One file of plain types and tensors, written under another name, synced, then renamed."""
+    path, kind = checkpoint(cfg, cfg.name), type(model).__name__
+    content = {"kind": kind, "config": vars(model.config), "model": model.state_dict()}
+    with open(path.with_suffix(".partial"), "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    path.with_suffix(".partial").rename(path)
+
+def load(cfg: "Common", name: str, kind: type = GPT, dropout: float = 0.0) -> GPT | ScalarModel:
+    """A checkpoint's model, in eval mode. UserError if it is missing, broken or of another kind."""
+    path = checkpoint(cfg, name)
+    if not path.exists():
+        raise UserError(f"{path} is not there: run the stage that writes it first")
+    try:
+        content = torch.load(path, map_location=cfg.device, weights_only=True)
+        if content["kind"] != kind.__name__:
+            raise UserError(f"{path} holds a {content['kind']}, where a {kind.__name__} is needed")
+        model = kind(GPTConfig(**{**content["config"], "dropout": dropout}))
+        model.load_state_dict(content["model"])
+    except (RuntimeError, LookupError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is not a checkpoint of this program: {error}") from None
+    return model.to(cfg.device).eval()
+
+class Log:
+    """A bar for the person, one JSON line a step in out/<name>/metrics.jsonl for the figures."""
+
+    def __init__(self, cfg: "Common", total: int):
+        folder = Path(cfg.out) / cfg.name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "settings.json").write_text(json.dumps(vars(cfg), indent=1) + "\n")
+        self.file = open(folder / "metrics.jsonl", "w", encoding="utf-8")
+        self.bar, self.start = tqdm(total=total, desc=cfg.name, mininterval=1), time.time()
+
+    def step(self, metrics: dict[str, float], *show: str) -> None:
+        self.bar.set_postfix({key: f"{metrics[key]:.3g}" for key in show}, refresh=False)
+        self.bar.update()
+        row = {"step": self.bar.n, "seconds": round(time.time() - self.start, 2), **metrics}
+        print(json.dumps(row), file=self.file, flush=True)
+
+def describe(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{key} {value:.3f}" for key, value in metrics.items())
+
+# ---- Settings: every field is a flag, its comment the help; defaults are the fable's -------------
+
+@dataclass
+class Common:
+    data: str = "out/data"  # folder of the data set
+    out: str = "out"  # folder of checkpoints and logs
+    seed: int = 1  # of everything random
+    device: str = "auto"  # cpu, cuda or mps
+    dtype: str = "auto"  # bfloat16 (autocast) or float32; weights and softmax are always float32
+    microbatch_size: int = 32  # rows of a forward pass: bounds the memory, changes nothing else
+    max_new_tokens: int = 48  # longest response (paper: 1,000)
+    gold: str = "data/fable.py"  # has gold(row, completion), for prompts with "wants"; only shown
+
+@dataclass
+class Pretrain(Common):
+    name: str = "gpt"  # of this run: its checkpoint and log
+    preset: str = "fable"  # shape of the model: fable, gpt2, gpt2-medium, gpt2-large or gpt2-xl
+    steps: int = 2000  # optimizer steps
+    batch_size: int = 96  # documents a step
+    learning_rate: float = 2e-3  # peak, after a warmup of 5 % of the steps; cosine to 10 %
+
+@dataclass
+class SFT(Common):
+    name: str = "sft"  # of this run: its checkpoint and log
+    init: str = "gpt"  # the model to start from
+    epochs: int = 8  # passes over the demonstrations (paper: 16; for the start of PPO 2)
+    batch_size: int = 32  # demonstrations a step (paper: 32; 175B: 8)
+    learning_rate: float = 5e-4  # peak, no warmup, cosine to 10 % (paper: 9.65e-6; 175B: 5.03e-6)
+    dropout: float = 0.2  # on the residual branches (paper: 0.2)
+    pretrain_fraction: float = 0.0  # of the rows are pretraining text (paper, to start PPO: 0.1)
+    window: int = 256  # longest such row, in tokens (paper: not stated)
+    reward_model: str = ""  # keep the epoch whose samples it scores highest (paper); else the last
+
+@dataclass
+class RM(Common):
+    name: str = "rm"  # of this run: its checkpoint and log
+    init: str = "sft"  # the policy whose trunk it starts from
+    epochs: int = 1  # passes over the comparisons (paper: 1, more overfits)
+    batch_size: int = 16  # prompts a step, with all their pairs (paper: 64)
+    learning_rate: float = 5e-4  # peak, cosine to 10 % (paper: 9e-6)
+
+@dataclass
+class PPO(Common):
+    name: str = "ppo_ptx"  # of this run: its checkpoint and log
+    init: str = "ppo_init"  # where the policy starts, and the reference it is held to
+    reward_model: str = "rm"  # frozen; the value network starts as its copy
+    iterations: int = 100  # rollouts, each followed by its updates (paper: 500)
+    rollout_size: int = 128  # episodes an iteration (paper: 512)
+    minibatch_size: int = 32  # episodes an optimizer step (paper: 64)
+    epochs: int = 1  # passes over a rollout (paper: 1)
+    learning_rate: float = 3e-4  # a tenth at first, in full after 10 iterations (paper: swept)
+    value_learning_rate: float = 5e-4  # of the value network, likewise (paper: 9e-6)
+    kl_coef: float = 0.03  # beta (paper: 0.02)
+    ptx_coef: float = 0.5  # gamma; 0 is plain PPO (paper: 27.8, its losses' scale is not stated)
+    ptx_ratio: float = 1.0  # rows of pretraining text an episode (paper: 8)
+    window: int = 256  # longest such row, in tokens (paper: not stated)
+    gamma: float = 1.0  # discount (paper: none)
+    lam: float = 0.95  # of GAE (paper: not stated; 0.95 in its predecessors)
+    cliprange: float = 0.2  # of the ratio (paper: 0.2)
+    cliprange_value: float = 0.2  # of the value's change (not stated; 0.2 in OpenAI's code of 2019)
+    missing_eos_score: float = -1.0  # replaces the score of a response without EOS (likewise)
+    ema_decay: float = 0.992  # a step, of the weights that are kept (paper: 0.992)
+
+@dataclass
+class Evaluate(Common):
+    name: str = "evaluate"  # of the table: out/<name>.md and .json
+    models: str = "gpt,gpt+fewshot,sft,ppo,ppo_ptx"  # rows of the table, those that exist
+    baseline: str = "sft"  # the row that win rates are against
+    reference: str = "ppo_init"  # what the KL is measured from
+    reward_model: str = "rm"  # whose score is shown
+
+@dataclass
+class Chat(Common):
+    model: str = "ppo_ptx"  # whom to talk to
+    temperature: float = 0.7  # 0 takes the likeliest token every time
+
+# ---- Pretraining, and step 1 ---------------------------------------------------------------------
+
+def epochs(rows: list, count: int, batch_size: int, rng: np.random.Generator) -> list[list]:
+    """The batches of `count` passes over the rows, each pass in an order of its own."""
+    orders = [rng.permutation(len(rows)) for _ in range(count)]
+    return [[rows[i] for i in part] for order in orders for part in chunks(order, batch_size)]
+
+def fit(model, batches: list, backward, cfg, warmup: float = 0, validate=lambda step: {}) -> Log:
+    """An optimizer step a batch, at a rate that warms up, then falls to a tenth along a cosine.
+
+    backward(model, batch, cfg) accumulates the gradient and returns the loss; validate(step)
+    returns further metrics, if that step has any.
+    """
+    optimizer, steps = adam(model), len(batches)
+    log = Log(cfg, steps)
+    for step, batch in enumerate(batches, 1):
+        metrics = {"loss": backward(model, batch, cfg)}
+        factor = min(cosine((step - 1) / steps), step / max(1, warmup * steps))
+        metrics["grad_norm"] = update(model, optimizer, cfg.learning_rate * factor)
+        log.step(metrics | validate(step), "loss")
+    return log
+
+def pretrain(cfg: Pretrain) -> None:
+    """GPT: next-token prediction on raw text, the ability that all the rest only steers."""
+    tokenizer, rng = get_tokenizer(cfg.data), np.random.default_rng(cfg.seed)
+    text = read_pretraining(Path(cfg.data) / "pretrain.txt", tokenizer)
+    model = GPT(GPTConfig(vocab_size=tokenizer.n_vocab, **PRESETS[cfg.preset])).to(cfg.device)
+
+    def validate(step: int) -> dict[str, float]:
+        due = step % 100 == 0 or step == cfg.steps
+        return {"heldout/loss": heldout_loss(model, tokenizer, cfg)} if due else {}
+
+    rows = passages(text, cfg.steps * cfg.batch_size, model.config.block_size, rng)
+    fit(model, chunks(rows, cfg.batch_size), lm_pass, cfg, warmup=0.05, validate=validate)
+    save(cfg, model)
+
+@torch.no_grad()
+def heldout_loss(policy: GPT, tokenizer, cfg: Common) -> float:
+    """(1) on held-out pretraining text, nats a token: where the alignment tax shows."""
+    text = read_pretraining(Path(cfg.data) / "pretrain_valid.txt", tokenizer)
+    return lm_pass(policy, [(ids[: policy.config.block_size], 1) for ids in text[:512]], cfg)
+
+def sft(cfg: SFT) -> None:
+    """Step 1: imitate the demonstrations, by (1) on each completion and its EOS.
+
+    The paper kept the epoch of the best reward-model score on held-out prompts, which rises on
+    after the loss is lowest (C.1). Without a reward model the last epoch is kept.
+    """
+    tokenizer, data, rng = get_tokenizer(cfg.data), Path(cfg.data), np.random.default_rng(cfg.seed)
+    model = load(cfg, cfg.init, GPT, cfg.dropout).train()
+    reward_model = load(cfg, cfg.reward_model, ScalarModel) if cfg.reward_model else None
+    rows = read_demonstrations(data / "sft.jsonl", tokenizer, model.config.block_size)
+    valid = read_demonstrations(data / "sft_valid.jsonl", tokenizer, model.config.block_size)
+    if mixed := round(len(rows) * cfg.pretrain_fraction / (1 - cfg.pretrain_fraction)):
+        text = read_pretraining(data / "pretrain.txt", tokenizer)
+        rows += passages(text, mixed, cfg.window, rng)
+    batches, scores = epochs(rows, cfg.epochs, cfg.batch_size, rng), []
+
+    @torch.no_grad()
+    def validate(step: int) -> dict[str, float]:
+        if step % (len(batches) // cfg.epochs):
+            return {}
+        metrics = {"valid/loss": lm_pass(model.eval(), valid, cfg)}
+        if reward_model:
+            prompts = [ids[:prompt_len] for ids, prompt_len in valid]
+            tokens, _, lens = complete(model, prompts, tokenizer.eot_token, cfg.max_new_tokens)
+            metrics["valid/score"] = sequence_scores(reward_model, tokens, lens).mean().item()
+        scores.append(metrics.get("valid/score", len(scores)))
+        if scores[-1] == max(scores):
+            save(cfg, model)
+        model.train()
+        tqdm.write(f"epoch {len(scores)}: {describe(metrics)}")
+        return metrics
+
+    fit(model, batches, lm_pass, cfg, validate=validate)
+
+# ---- Step 2: the reward model --------------------------------------------------------------------
+
+def rm(cfg: RM) -> None:
+    """Step 2: learn to score completions in the order in which the labelers ranked them, by (2)."""
+    tokenizer, data, rng = get_tokenizer(cfg.data), Path(cfg.data), np.random.default_rng(cfg.seed)
+    policy = load(cfg, cfg.init)
+    model = ScalarModel(policy.config).to(cfg.device).eval()
+    model.gpt.load_state_dict(policy.state_dict())  # whose unembedding gives way to a scalar head
+    needs = policy.config.block_size, "prompt", "completions", "ranks"
+    train = read_rows(data / "comparisons.jsonl", tokenizer, *needs)
+    valid = read_rows(data / "comparisons_valid.jsonl", tokenizer, *needs)
+    demonstrations = read_demonstrations(data / "sft.jsonl", tokenizer, policy.config.block_size)
+    log = fit(model, epochs(train, cfg.epochs, cfg.batch_size, rng), rm_backward, cfg)
+    scores = score_rows(model, [ids for ids, _ in demonstrations], cfg)
+    model.head.bias.data -= scores.mean()  # so that demonstrations score 0 on average (C.2)
+    save(cfg, model)
+    report = rm_report(model, {row.get("labeler") for row in train}, valid, cfg)
+    log.step(report)
+    tqdm.write(describe(report))
+
+def rm_backward(model: ScalarModel, batch: list[dict], cfg: RM) -> float:
+    """Accumulate the gradient of (2) over a batch of prompts, whose completions stay together."""
+    count = max(1, sum(len(set(row["ranks"])) > 1 for row in batch))
+    total = 0.0
+    for part in chunks(batch, max(1, cfg.microbatch_size // 9)):  # K is 9 at most in the paper
+        tokens, lens = pad_right([ids for row in part for ids in row["ids"]], cfg.device)
+        ranks = torch.tensor([rank for row in part for rank in row["ranks"]])
+        groups = torch.tensor([i for i, row in enumerate(part) for _ in row["ids"]])
+        scores = sequence_scores(model, tokens, lens)
+        loss = pairwise_loss(scores, ranks.to(cfg.device), groups.to(cfg.device), count)
+        loss.backward()
+        total += loss.item()
+    return total
+
+def rm_report(model: ScalarModel, seen: set, valid: list[dict], cfg: RM) -> dict[str, float]:
+    """On held-out prompts: the share of untied pairs put in the labeler's order and their margin,
+    for labelers `seen` in training and others; the scores' spread and correlation with length."""
+    scores, lens, margins = [], [], {"eval": [], "eval_heldout_labelers": []}
+    for row in valid:
+        score, ranks = score_rows(model, row["ids"], cfg), torch.tensor(row["ranks"])
+        winner, loser = (ranks[:, None] < ranks).nonzero(as_tuple=True)
+        split = "eval" if row.get("labeler") in seen else "eval_heldout_labelers"
+        margins[split] += (score[winner] - score[loser]).tolist()
+        scores += score.tolist()
+        lens += [len(ids) - len(row["prompt_ids"]) for ids in row["ids"]]
+    correlation = np.corrcoef(scores, lens)[0, 1]
+    report = {"eval/score_std": np.std(scores), "eval/length_correlation": correlation}
+    for split, own in margins.items():
+        report[f"{split}/accuracy"] = np.mean(np.array(own) > 0) if own else math.nan
+        report[f"{split}/margin"] = np.mean(own) if own else math.nan
+    return {key: float(value) for key, value in report.items()}
+
+# ---- Step 3: PPO ---------------------------------------------------------------------------------
+
+class Models(NamedTuple):
+    """PPO's four networks, and the running average of the policy that is kept in the end."""
+    policy: GPT
+    ref: GPT
+    reward: ScalarModel
+    value: ScalarModel
+    ema: GPT
+
+class Rollout(NamedTuple):
+    """Episodes, detached: tokens (B, T), and the rest (B, T-1)."""
+    tokens: Tensor
+    mask: Tensor
+    logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+def minibatches(order: Tensor, lens: Tensor, cfg: PPO) -> list[list[Tensor]]:
+    """The rows of each optimizer step, in microbatches of like length: less padding, and no bias,
+    as chance decides who shares a step."""
+    steps = chunks(order, cfg.minibatch_size)
+    return [chunks(rows[lens[rows].argsort(stable=True)], cfg.microbatch_size) for rows in steps]
+
+@torch.no_grad()
+def rollout(models: Models, prompts: list, eos: int, cfg: PPO) -> tuple[Rollout, Tensor, dict]:
+    """A response to each prompt, with its advantages; total_lens (B,); statistics, each (B,).
+
+    KL and entropy are sums over a response, in nats, estimated from the sample: one episode's KL
+    may be negative, their expectation not.
+    """
+    tokens, mask, lens = complete(models.policy, prompts, eos, cfg.max_new_tokens)
+    everyone = torch.arange(len(tokens), device=tokens.device)
+    logprobs, ref_logprobs, values = torch.zeros(3, *mask.shape, device=tokens.device)
+    scores = torch.zeros(len(tokens), device=tokens.device)
+    for rows in sum(minibatches(everyone, lens, cfg), []):  # the first update's: its ratio is 1
+        width = multiple(int(lens[rows].max())) - 1
+        part, part_mask = tokens[rows, : width + 1], mask[rows, :width]
+        logprobs[rows, :width] = token_logprobs(models.policy, part, part_mask)
+        ref_logprobs[rows, :width] = token_logprobs(models.ref, part, part_mask)
+        values[rows, :width] = models.value(part[:, :-1])
+        scores[rows] = sequence_scores(models.reward, part, lens[rows])
+    ended = tokens[everyone, lens - 1] == eos
+    scores = torch.where(ended, scores, cfg.missing_eos_score)
+    rewards = kl_rewards(scores, logprobs, ref_logprobs, mask, cfg.kl_coef)
+    advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)
+    kl = ((logprobs - ref_logprobs) * mask).sum(1)
+    episodes = {
+        "objective/scores": scores, "objective/kl": kl, "objective/entropy": -logprobs.sum(1),
+        "objective/rlhf_reward": scores - cfg.kl_coef * kl,
+        "eos_fraction": ended.float(), "response_length": mask.sum(1),
+    }
+    batch = Rollout(tokens, mask, logprobs, values, whiten(advantages, mask), returns)
+    return batch, lens, episodes
+
+def ppo_backward(models: Models, batch: Rollout, microbatches: list[Tensor], cfg: PPO) -> Counter:
+    """Accumulate the gradients of (5) in the policy, of (6) in the value network: statistics."""
+    count = sum(batch.mask[rows].sum() for rows in microbatches)
+    stats = Counter()
+    for rows in microbatches:
+        part = Rollout(*(x[rows] for x in batch))
+        width = multiple(int(part.mask.any(0).nonzero().max()) + 2) - 1  # of the longest row
+        part = Rollout(part.tokens[:, : width + 1], *(x[:, :width] for x in part[1:]))
+        logprobs = token_logprobs(models.policy, part.tokens, part.mask)
+        loss, policy_stats = policy_loss(
+            logprobs, part.logprobs, part.advantages, part.mask, cfg.cliprange, count
+        )
+        values = models.value(part.tokens[:, :-1])
+        error, value_stats = value_loss(
+            values, part.values, part.returns, part.mask, cfg.cliprange_value, count
+        )
+        (loss + error).backward()  # two networks with no parameter in common
+        stats.update({"loss/policy": loss.item(), "loss/value": error.item()})
+        stats.update({key: x.item() for key, x in (policy_stats | value_stats).items()})
+    return stats
+
+def ppo_update(models, optimizers, batch: Rollout, lens: Tensor, text, factor: float, rng, cfg):
+    """(7) (5) + ptx_coef (1), minimised over the policy, and (6) over the value network.
+
+    One step a minibatch; the gradients of PPO and of ptx meet in the same buffers (C.4). `factor`
+    is on both learning rates. Returns the means of the statistics over the steps.
+    """
+    steps = []
+    for epoch in range(cfg.epochs):
+        order = torch.randperm(len(lens)) if epoch else torch.arange(len(lens))
+        for microbatches in minibatches(order.to(lens.device), lens, cfg):
+            stats = ppo_backward(models, batch, microbatches, cfg)
+            if not steps and abs(stats["val/ratio"] - 1) > 1e-4:
+                raise UserError(f"ratio {stats['val/ratio']} before the first update: it must be 1")
+            if cfg.ptx_coef:
+                count = round(cfg.ptx_ratio * cfg.minibatch_size)
+                rows = passages(text, count, cfg.window, rng)
+                stats["loss/ptx"] = lm_pass(models.policy, rows, cfg, cfg.ptx_coef)
+            update(models.policy, optimizers[0], cfg.learning_rate * factor)
+            update(models.value, optimizers[1], cfg.value_learning_rate * factor)
+            ema_update(models.ema, models.policy, cfg.ema_decay)
+            steps.append(stats)
+    means = {key: float(np.mean([stats[key] for stats in steps])) for key in steps[0]}
+    deviations = batch.returns - masked_mean(batch.returns, batch.mask)
+    unexplained = means["val/error"] / masked_mean(deviations**2, batch.mask).item()
+    return means | {"val/var_explained": 1 - unexplained}
+
+def ppo(cfg: PPO) -> None:
+    """Step 3: optimise the policy for the reward model, with KL and pretraining terms, by (7)."""
+    tokenizer, data, rng = get_tokenizer(cfg.data), Path(cfg.data), np.random.default_rng(cfg.seed)
+    policy, reward = load(cfg, cfg.init), load(cfg, cfg.reward_model, ScalarModel)
+    models = Models(policy, *map(copy.deepcopy, (policy, reward, reward, policy)))
+    optimizers, log = (adam(policy), adam(models.value)), Log(cfg, cfg.iterations)
+    longest = policy.config.block_size - cfg.max_new_tokens
+    prompts = read_rows(data / "prompts.jsonl", tokenizer, longest, "prompt")
+    text = read_pretraining(data / "pretrain.txt", tokenizer) if cfg.ptx_coef else None
+    gold = gold_function(prompts, cfg.gold)
+    passes = math.ceil(cfg.iterations * cfg.rollout_size / len(prompts))
+    batches = epochs(prompts, passes, cfg.rollout_size, rng)[: cfg.iterations]
+    for iteration, rows in enumerate(batches):
+        prompt_ids = [row["prompt_ids"] for row in rows]
+        batch, lens, episodes = rollout(models, prompt_ids, tokenizer.eot_token, cfg)
+        metrics = {key: x.mean().item() for key, x in episodes.items()}
+        if iteration == 0 and metrics["objective/kl"] != 0:
+            raise UserError(f"KL {metrics['objective/kl']} before the first update: it must be 0")
+        completions = [decode(tokenizer, ids) for ids in responses(batch.tokens, batch.mask)]
+        if gold:  # what the reward model stands in for; nobody is trained on it
+            totals = [sum(gold(*pair).values()) for pair in zip(rows, completions)]
+            metrics["objective/gold"] = float(np.mean(totals))
+        factor = min(1, 0.1 + 0.09 * iteration)  # C.4: warmup over ten iterations, from a tenth
+        metrics |= ppo_update(models, optimizers, batch, lens, text, factor, rng, cfg)
+        if iteration % 10 == 0 or iteration + 1 == cfg.iterations:
+            metrics["heldout/loss"] = heldout_loss(policy, tokenizer, cfg)
+            sampled = describe({key: x[0].item() for key, x in episodes.items()})
+            tqdm.write(f"{rows[0]['prompt']}{completions[0]}\n  [{sampled}]")
+        log.step(metrics, "objective/scores", "objective/kl")
+    save(cfg, models.ema)
+
+# ---- Evaluation ----------------------------------------------------------------------------------
+
+def win_rate(own: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+    """The share of prompts (N,) where `own` is better, ties half; half its 95 % interval's width.
+
+    Judging both orders would change nothing: win_rate(a, b) + win_rate(b, a) = 1.
+    """
+    outcomes = (own > other) + 0.5 * (own == other)
+    return float(outcomes.mean()), float(1.96 * outcomes.std() / len(outcomes) ** 0.5)
+
+@torch.no_grad()
+def measure(policy: GPT, prompts: list, rows: list[dict], ref, reward, gold, tokenizer, cfg):
+    """One row of the table, {column: value}, and each prompt's gold score (N,).
+
+    `prompts` are the ids of `rows`, after examples perhaps; `ref`, `reward`, `gold` may be None.
+    """
+    tokens, mask, _ = complete(policy, prompts, tokenizer.eot_token, cfg.max_new_tokens)
+    answers, result, totals = responses(tokens, mask), {}, None
+    plain = [(row["prompt_ids"] + ids, len(row["prompt_ids"])) for row, ids in zip(rows, answers)]
+    if gold:  # who goes on to speak for the human as well is judged by their own turn
+        turns = [decode(tokenizer, ids).split("\n\nHuman:")[0] for ids in answers]
+        axes = [gold(row, turn) for row, turn in zip(rows, turns)]
+        result |= {axis: np.mean([x[axis] for x in axes]) for axis in axes[0]}
+        totals = np.array([sum(x.values()) for x in axes])
+    if reward:
+        result["RM score"] = score_rows(reward, [ids for ids, _ in plain], cfg).mean().item()
+    if ref:  # the mean over prompts of log pi(y|x) - log ref(y|x), in nats
+        own = [(prompt + ids, len(prompt)) for prompt, ids in zip(prompts, answers)]
+        per_token = lm_pass(ref, plain, cfg) - lm_pass(policy, own, cfg)
+        result["KL"] = per_token * mask.sum(1).mean().item()
+    result["length"] = mask.sum(1).mean().item()
+    result["EOS"] = np.mean([ids[-1] == tokenizer.eot_token for ids in answers])
+    return result, totals
+
+def few_shot(examples: list[list[int]], prompt: list[int], room: int) -> list[int]:
+    """The prompt after as many of the examples as there is room for."""
+    while examples and sum(map(len, examples)) + len(prompt) > room:
+        examples = examples[1:]
+    return sum(examples, []) + prompt
+
+def probe_accuracy(policy: GPT, probes: list[dict], tokenizer) -> float:
+    """The share of in-context tasks to which the likeliest continuation begins with the answer."""
+    prompts = [row["prompt_ids"] for row in probes]
+    tokens, mask, _ = complete(policy, prompts, tokenizer.eot_token, 16, temperature=0)
+    guesses = [decode(tokenizer, ids) for ids in responses(tokens, mask)]
+    return np.mean([guess.startswith(row["completion"]) for guess, row in zip(guesses, probes)])
+
+def evaluate(cfg: Evaluate) -> None:
+    """What each stage did, on held-out prompts: a table on the terminal, in Markdown, in JSON."""
+    tokenizer, data = get_tokenizer(cfg.data), Path(cfg.data)
+    rows = read_rows(data / "prompts_valid.jsonl", tokenizer, 128, "prompt")
+    files = [data / "probes.jsonl", data / "fewshot.jsonl"]
+    needs = tokenizer, 128, "prompt", "completion"
+    probes, examples = (read_rows(file, *needs) if file.exists() else [] for file in files)
+    wanted = (cfg.reference, GPT), (cfg.reward_model, ScalarModel)
+    ref, reward = (load(cfg, *x) if checkpoint(cfg, x[0]).exists() else None for x in wanted)
+    results, golds, gold = {}, {}, gold_function(rows, cfg.gold)
+    for title in cfg.models.split(","):
+        name = title.removesuffix("+fewshot")
+        if not checkpoint(cfg, name).exists():
+            continue
+        torch.manual_seed(cfg.seed)
+        policy, shots = load(cfg, name), [row["ids"][0][:-1] for row in examples if title != name]
+        room = policy.config.block_size - cfg.max_new_tokens
+        prompts = [few_shot(shots, row["prompt_ids"], room) for row in rows]
+        result, golds[title] = measure(policy, prompts, rows, ref, reward, gold, tokenizer, cfg)
+        result["held-out loss"] = heldout_loss(policy, tokenizer, cfg)
+        results[title] = result
+        if probes:
+            result["in-context"] = probe_accuracy(policy, probes, tokenizer)
+    for title in results if gold and cfg.baseline in results else ():
+        rate, margin = win_rate(golds[title], golds[cfg.baseline])
+        results[title] = {"win rate": rate, "±": margin, **results[title]}
+    print(table := markdown(results))
+    for suffix, text in ((".md", table), (".json", json.dumps(results, indent=1, default=float))):
+        (Path(cfg.out) / (cfg.name + suffix)).write_text(text + "\n", encoding="utf-8")
+
+def markdown(results: dict[str, dict[str, float]]) -> str:
+    """{row: {column: value}} -> an aligned Markdown table."""
+    lines = [["model", *next(iter(results.values()))]]
+    lines += [[name, *(f"{x:.3f}" for x in result.values())] for name, result in results.items()]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
+
+# ---- Chat, and the command line ------------------------------------------------------------------
+
+def chat(cfg: Chat) -> None:
+    """Talk to a model in the terminal; an empty line, Ctrl-C or Ctrl-D ends it."""
+    tokenizer, policy, messages = get_tokenizer(cfg.data), load(cfg, cfg.model), []
+    room = policy.config.block_size - cfg.max_new_tokens
+    while text := input("\nHuman: ").strip():
+        messages.append({"role": "user", "content": text})
+        while len(ids := tokenizer.encode_ordinary(render(messages))) > room and len(messages) > 1:
+            messages = messages[2:]  # the oldest exchange makes room
+        print("Assistant:", end="")
+        pieces = []
+        for piece in speak(policy, ids[-room:], tokenizer, cfg):
+            print(piece, end="", flush=True)
+            pieces.append(piece)
+        messages.append({"role": "assistant", "content": "".join(pieces).strip()})
+
+def speak(policy: GPT, ids: list[int], tokenizer, cfg: Chat):
+    """Yields the reply as it is sampled, in whole characters, control characters left out."""
+    decoder, eos = codecs.getincrementaldecoder("utf-8")("replace"), tokenizer.eot_token
+    for _, token in stream(policy, [ids], cfg.max_new_tokens, eos, cfg.temperature):
+        if token.item() != eos:
+            text = decoder.decode(tokenizer.decode_single_token_bytes(token.item()))
+            yield "".join(char for char in text if char.isprintable() or char == "\n")
+
+def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
+    """A flag for every field of a settings class, the comment beside the field as its help."""
+    source = inspect.getsource(Common) + inspect.getsource(settings)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
+    for field in fields(settings):
+        text = f"{comments[field.name]} [{field.default}]".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", type=field.type, default=field.default, help=text)
+
+def run(stage, cfg: Common) -> None:
+    """Settle what is "auto", seed, run the stage; a UserError ends it with its sentence."""
+    if cfg.device == "auto":
+        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+        cfg.device = "cuda" if cuda else "mps" if mps else "cpu"
+    if cfg.dtype == "auto":  # bfloat16 where the hardware multiplies it faster than float32
+        fast = cfg.device == "cuda" or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+        cfg.dtype = "bfloat16" if fast else "float32"
+    torch.manual_seed(cfg.seed)
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    half = cfg.dtype == "bfloat16"
+    try:
+        with torch.autocast(cfg.device, torch.bfloat16, enabled=half, cache_enabled=False):
+            stage(cfg)
+    except UserError as error:
+        sys.exit(f"{stage.__name__}: {error}")
+    except (KeyboardInterrupt, EOFError):
+        sys.exit(f"\n{stage.__name__}: stopped")
+
+def main(argv: list[str] | None = None) -> None:
+    """python rlhf.py STAGE --flag value"""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="stage", required=True)
+    stages = {stage.__name__: stage for stage in (pretrain, sft, rm, ppo, evaluate, chat)}
+    for name, stage in stages.items():
+        command = commands.add_parser(name, help=stage.__doc__.split("\n")[0], allow_abbrev=False)
+        add_flags(command, stage.__annotations__["cfg"])
+    flags = vars(parser.parse_args(argv))
+    stage = stages[flags.pop("stage")]
+    run(stage, stage.__annotations__["cfg"](**flags))
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,454 @@
+"""Each equation against its definition: loops, enumeration, autograd. Never against itself."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor, tensor
+
+import rlhf
+from rlhf import gae, kl_rewards, lm_loss, masked_mean, pairwise_loss, policy_loss, value_loss
+from rlhf import whiten
+
+NAN = float("nan")
+MASK = tensor([[0, 0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1], [0, 1, 0, 0, 0, 0, 0.0]])
+COLUMNS = [(i, t) for i, t in itertools.product(range(3), range(7)) if MASK[i, t]]
+
+
+def randn(count: int) -> list[Tensor]:
+    return list(torch.randn(count, *MASK.shape).unbind())
+
+
+def spoiled(x: Tensor, garbage: float) -> Tensor:
+    """Something else in every column that the mask leaves out."""
+    return torch.where(MASK > 0, x, garbage)
+
+
+def derivative(f, x: Tensor, i: int, t: int, step: float = 1e-4) -> float:
+    """By a central difference, in float64."""
+    nudge = torch.zeros_like(x)
+    nudge[i, t] = step
+    return ((f(x + nudge) - f(x - nudge)) / (2 * step)).item()
+
+
+# ---- (1) ---------------------------------------------------------------------------------------
+
+def test_lm_loss_is_the_mean_over_response_tokens():
+    """(1) -E[log pi(token)], by a loop."""
+    (logprobs,) = randn(1)
+    expected = -sum(logprobs[i, t].item() for i, t in COLUMNS) / len(COLUMNS)
+    assert lm_loss(logprobs, MASK).item() == pytest.approx(expected, abs=1e-6)
+    assert lm_loss(spoiled(logprobs, NAN), MASK).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_lm_loss_has_no_gradient_at_prompt_and_padding():
+    """(1) d/d logits = (softmax - one hot) / N at the N response tokens, exactly 0 elsewhere."""
+    logits, actions = torch.randn(3, 7, 5, requires_grad=True), torch.randint(5, (3, 7))
+    logprobs = logits.log_softmax(-1).gather(-1, actions[..., None]).squeeze(-1)
+    lm_loss(logprobs, MASK).backward()
+    for i, t in itertools.product(range(3), range(7)):
+        expected = logits[i, t].detach().softmax(-1)
+        expected[actions[i, t]] -= 1
+        torch.testing.assert_close(logits.grad[i, t], expected * MASK[i, t] / len(COLUMNS))
+    assert not logits.grad[MASK == 0].any()
+
+
+# ---- (2) ---------------------------------------------------------------------------------------
+
+def pairs_by_loop(scores: list[float], ranks: list[int]) -> list[float]:
+    """-log sigmoid(winner - loser) of every pair that is not tied."""
+    losses = []
+    for i, j in itertools.combinations(range(len(scores)), 2):
+        if ranks[i] != ranks[j]:
+            winner, loser = (i, j) if ranks[i] < ranks[j] else (j, i)
+            losses.append(math.log1p(math.exp(scores[loser] - scores[winner])))
+    return losses
+
+
+@pytest.mark.parametrize("k", range(2, 10))
+def test_pairwise_loss_is_the_mean_over_pairs(k):
+    """(2) -1/C(K,2) sum over pairs of log sigmoid(r_w - r_l), for K completions in any order."""
+    scores, ranks = torch.randn(k), torch.randperm(k)
+    losses = pairs_by_loop(scores.tolist(), ranks.tolist())
+    assert len(losses) == math.comb(k, 2)
+    loss = pairwise_loss(scores, ranks, torch.zeros(k, dtype=torch.long))
+    assert loss.item() == pytest.approx(sum(losses) / math.comb(k, 2), abs=1e-6)
+
+
+def test_pairwise_loss_vector():
+    """(2) scores 2, 1, 0, -1 in the order of their ranks."""
+    loss = pairwise_loss(tensor([2.0, 1, 0, -1]), torch.arange(4), torch.zeros(4, dtype=torch.long))
+    assert loss.item() == pytest.approx(0.2070380727, abs=1e-7)
+
+
+def test_prompts_weigh_the_same():
+    """(2) E over prompts of each prompt's own mean: K = 4 and K = 9 count alike."""
+    scores, ranks = torch.randn(13), torch.cat([torch.randperm(4), torch.randperm(9)])
+    groups = tensor([0] * 4 + [1] * 9)
+    means = []
+    for own in (slice(4), slice(4, 13)):
+        losses = pairs_by_loop(scores[own].tolist(), ranks[own].tolist())
+        means.append(sum(losses) / len(losses))
+    assert pairwise_loss(scores, ranks, groups).item() == pytest.approx(sum(means) / 2, abs=1e-6)
+    shuffled = torch.randperm(13)  # rows of a prompt need not stand together
+    loss = pairwise_loss(scores[shuffled], ranks[shuffled], groups[shuffled])
+    assert loss.item() == pytest.approx(sum(means) / 2, abs=1e-6)
+
+
+def test_tied_pairs_are_dropped():
+    """(2) over the pairs that are left: ranks 1, 1, 2 have two, and the mean is over two."""
+    scores, ranks = [0.3, -0.5, 0.9], [1, 1, 2]
+    losses = pairs_by_loop(scores, ranks)
+    assert len(losses) == 2
+    loss = pairwise_loss(tensor(scores), tensor(ranks), torch.zeros(3, dtype=torch.long))
+    assert loss.item() == pytest.approx(sum(losses) / 2, abs=1e-6)
+
+
+def test_prompt_with_nothing_but_ties_is_left_out():
+    """(2) such a prompt adds 0 to the sum and nothing to the number of prompts; never NaN."""
+    tied, zeros = torch.randn(3, requires_grad=True), torch.zeros(3, dtype=torch.long)
+    loss = pairwise_loss(tied, zeros, zeros)
+    loss.backward()
+    assert loss.item() == 0 and tied.grad.tolist() == [0, 0, 0]
+    scores = torch.cat([tied.detach(), tensor([0.5, 0.0])])
+    loss = pairwise_loss(scores, tensor([2, 2, 2, 1, 0]), tensor([0, 0, 0, 1, 1]))
+    assert loss.item() == pytest.approx(math.log1p(math.exp(0.5)), abs=1e-6)
+
+
+def test_pairwise_loss_knows_differences_only():
+    """(2) a constant on all scores of a prompt changes nothing; so the gradient sums to 0."""
+    scores, ranks = torch.randn(9, requires_grad=True), torch.randperm(9)
+    groups = tensor([0] * 4 + [1] * 5)
+    loss = pairwise_loss(scores, ranks, groups)
+    loss.backward()
+    shifted = pairwise_loss(scores + tensor([3.0] * 4 + [-7.0] * 5), ranks, groups)
+    torch.testing.assert_close(shifted, loss)
+    assert scores.grad[:4].sum().abs() < 1e-6 and scores.grad[4:].sum().abs() < 1e-6
+    assert scores.grad.abs().max() > 1e-3
+
+
+def test_pairwise_loss_is_ln_2_when_it_knows_nothing_and_finite_when_it_is_certain():
+    """(2) log sigmoid, not the log of a sigmoid, which underflows."""
+    zeros = torch.zeros(4, dtype=torch.long)
+    ignorant = pairwise_loss(torch.zeros(4), torch.arange(4), zeros)
+    assert ignorant.item() == pytest.approx(math.log(2))
+    for sign, expected in ((1, 0), (-1, 2e4)):
+        scores = tensor([sign * 1e4, -sign * 1e4], requires_grad=True)
+        loss = pairwise_loss(scores, tensor([0, 1]), zeros[:2])
+        loss.backward()
+        assert loss.item() == pytest.approx(expected) and scores.grad.isfinite().all()
+
+
+# ---- (3) ---------------------------------------------------------------------------------------
+
+def test_kl_rewards_vector():
+    """(3) r - beta log(pi / ref), token by token."""
+    logprobs, ref = tensor([[-1, -2, -0.5]]), tensor([[-1.5, -1.8, -0.5]])
+    rewards = kl_rewards(tensor([0.7]), logprobs, ref, torch.ones(1, 3), 0.02)
+    torch.testing.assert_close(rewards, tensor([[-0.010, 0.004, 0.700]]))
+    assert rewards.sum().item() == pytest.approx(0.694)
+
+
+@pytest.mark.parametrize("garbage", [0.0, 7.0, NAN])
+def test_score_lands_on_the_last_response_token(garbage):
+    """(3) with and without padding after it, and nowhere else; 0 at prompt and padding."""
+    logprobs, ref = randn(2)
+    scores = tensor([10.0, 20.0, 30.0])
+    rewards = kl_rewards(scores, spoiled(logprobs, garbage), spoiled(ref, garbage), MASK, 0.5)
+    assert not rewards[MASK == 0].any()
+    for i, last in enumerate((4, 6, 1)):  # by eye, from MASK
+        for t in range(7):
+            expected = -0.5 * (logprobs[i, t] - ref[i, t]) * MASK[i, t]
+            expected += scores[i] * (t == last)
+            assert rewards[i, t].item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+EOS, LENGTH = 0, 3
+TREE = [y for n in range(1, LENGTH + 1) for y in itertools.product(range(3), repeat=n)
+        if EOS not in y[:-1] and (n == LENGTH or y[-1] == EOS)]
+
+
+def tree_logprobs(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """log pi of every token of every response there is over three tokens, and the mask. The logits
+    (LENGTH, 3, 3) depend on the column and on the token before it."""
+    table, rows = logits.log_softmax(-1), []
+    for y in TREE:
+        rows.append(torch.stack([table[t, y[t - 1] if t else 0, y[t]] for t in range(len(y))]))
+    mask = [[float(t < len(y)) for t in range(LENGTH)] for y in TREE]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), tensor(mask, dtype=logits.dtype)
+
+
+def test_expected_penalty_is_the_kl():
+    """(3) E_pi[sum of rewards] = E[score] - beta KL(pi || ref), over every response there is."""
+    policy, ref = torch.randn(2, LENGTH, 3, 3, dtype=torch.float64)
+    (logprobs, mask), (ref_logprobs, _) = tree_logprobs(policy), tree_logprobs(ref)
+    p, q = logprobs.sum(1).exp(), ref_logprobs.sum(1).exp()
+    torch.testing.assert_close(p.sum().item(), 1.0)
+    scores = torch.randn(len(TREE), dtype=torch.float64)
+    kl = sum(a * math.log(a / b) for a, b in zip(p.tolist(), q.tolist()))
+    rewards = kl_rewards(scores, logprobs, ref_logprobs, mask, 0.3)
+    expected = (p * scores).sum().item() - 0.3 * kl
+    assert kl > 0.1 and (p * rewards.sum(1)).sum().item() == pytest.approx(expected, abs=1e-10)
+
+
+def test_k1_as_a_reward_has_the_gradient_of_the_kl():
+    """(3) E[R grad log pi(y)] = -beta grad KL(pi || ref), R the sum of detached rewards."""
+    policy = torch.randn(LENGTH, 3, 3, dtype=torch.float64, requires_grad=True)
+    ref_logprobs, mask = tree_logprobs(torch.randn(LENGTH, 3, 3, dtype=torch.float64))
+    logprobs, _ = tree_logprobs(policy)
+    p, zero = logprobs.sum(1).exp(), torch.zeros(len(TREE), dtype=torch.float64)
+    kl = (p * (p.log() - ref_logprobs.sum(1))).sum()
+    (expected,) = torch.autograd.grad(-0.3 * kl, policy, retain_graph=True)
+    rewards = kl_rewards(zero, logprobs.detach(), ref_logprobs, mask, 0.3).sum(1)
+    surrogate = (p.detach() * rewards * logprobs.sum(1)).sum()
+    (gradient,) = torch.autograd.grad(surrogate, policy)
+    torch.testing.assert_close(gradient, expected, atol=1e-10, rtol=0)
+
+
+# ---- (4) ---------------------------------------------------------------------------------------
+
+def gae_by_double_sum(rewards: list, values: list, gamma: float, lam: float) -> list[float]:
+    """One row without padding; V after the last token is 0."""
+    n, values = len(rewards), [*values, 0]
+    deltas = [rewards[t] + gamma * values[t + 1] - values[t] for t in range(n)]
+    return [sum((gamma * lam) ** m * deltas[t + m] for m in range(n - t)) for t in range(n)]
+
+
+@pytest.mark.parametrize("gamma, lam", [(1, 0.95), (0.9, 0.8), (1, 0), (1, 1), (0.7, 1)])
+@pytest.mark.parametrize("garbage", [0.0, 100.0, NAN])
+def test_gae_is_the_double_sum(gamma, lam, garbage):
+    """(4) A_t = sum_l (gamma lam)^l delta_{t+l}; a row is the row alone, whatever pads it."""
+    rewards, values = randn(2)
+    advantages, returns = gae(spoiled(rewards, garbage), spoiled(values, garbage), MASK, gamma, lam)
+    for i in range(3):
+        own = MASK[i] > 0
+        expected = gae_by_double_sum(rewards[i, own].tolist(), values[i, own].tolist(), gamma, lam)
+        torch.testing.assert_close(advantages[i, own], tensor(expected))
+        torch.testing.assert_close(returns[i, own], tensor(expected) + values[i, own])
+        assert not advantages[i, ~own].any() and not returns[i, ~own].any()
+
+
+def test_gae_vectors():
+    """(4) lam 0.95; lam 1 is the reward to go less V; lam 0 the error of one step."""
+    rewards, values = tensor([[-0.01, 0.02, 1.0]]), tensor([[0.5, 0.4, 0.7]])
+    cases = {0.95: [0.46475, 0.605, 0.3], 1: [0.51, 0.62, 0.3], 0: [-0.11, 0.32, 0.3]}
+    for lam, expected in cases.items():
+        advantages, returns = gae(rewards, values, torch.ones(1, 3), 1.0, lam)
+        torch.testing.assert_close(advantages, tensor([expected]))
+        torch.testing.assert_close(returns, tensor([expected]) + values)
+
+
+@pytest.mark.parametrize("lam", [0, 0.5, 0.95, 1])
+def test_perfect_critic_leaves_no_advantage(lam):
+    """(4) V_t = the reward still to come, so every delta is 0."""
+    (rewards,) = randn(1)
+    to_come = (rewards * MASK).flip(1).cumsum(1).flip(1)
+    advantages, returns = gae(rewards, to_come, MASK, 1.0, lam)
+    assert advantages.abs().max() < 1e-5
+    torch.testing.assert_close(returns, to_come * MASK)
+
+
+def test_whiten_vector():
+    """Mean 0 and population variance 1 over the valid tokens of the whole batch."""
+    x, mask = tensor([[1, 2, 3, NAN], [4, 5, 99.0, -99]]), tensor([[1, 1, 1, 0], [1, 1, 0, 0.0]])
+    expected = [[-math.sqrt(2), -math.sqrt(0.5), 0, 0], [math.sqrt(0.5), math.sqrt(2), 0, 0]]
+    torch.testing.assert_close(whiten(x, mask), tensor(expected))
+
+
+def test_whiten_keeps_apart_what_rows_have_in_common():
+    """Never by row: a good episode stays above a bad one."""
+    white = whiten(tensor([[1.0, 1, 1], [-1, -1, -1]]), torch.ones(2, 3))
+    torch.testing.assert_close(white, tensor([[1.0, 1, 1], [-1, -1, -1]]))
+
+
+# ---- (5) ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("ratio, advantage, value, gradient, clips", [
+    (1.5, 2.0, -2.4, 0.0, 1), (0.5, 2.0, -1.0, -1.0, 0), (1.1, 2.0, -2.2, -2.2, 0),
+    (1.5, -2.0, 3.0, 3.0, 0), (0.5, -2.0, 1.6, 0.0, 1), (0.9, -2.0, 1.8, 1.8, 0),
+])
+def test_policy_loss_four_quadrants(ratio, advantage, value, gradient, clips):
+    """(5) -min(ratio A, clip(ratio) A): to go further than eps gains nothing and has no gradient,
+    the way back is never clipped. d/d log pi = -ratio A where it is not."""
+    logprobs = tensor([[math.log(ratio)]], requires_grad=True)
+    loss, stats = policy_loss(logprobs, torch.zeros(1, 1), tensor([[advantage]]), torch.ones(1, 1))
+    loss.backward()
+    assert loss.item() == pytest.approx(value) and logprobs.grad.item() == pytest.approx(gradient)
+    assert stats["policy/clipfrac"].item() == clips
+
+
+def test_policy_loss_vector():
+    """(5) ratios 1.5, 0.5, 1.5, 0.5 and advantages 1, 1, -1, -1."""
+    ratio, advantages = tensor([[1.5, 0.5, 1.5, 0.5]]), tensor([[1.0, 1, -1, -1]])
+    loss, stats = policy_loss(ratio.log(), torch.zeros(1, 4), advantages, torch.ones(1, 4))
+    assert loss.item() == pytest.approx(0.15) and stats["policy/clipfrac"].item() == 0.5
+    assert stats["val/ratio"].item() == pytest.approx(1.0)
+
+
+def test_policy_loss_by_loop():
+    """(5) the mean over response tokens, of a wider clip as well."""
+    logprobs, old, advantages = randn(3)
+    total = 0.0
+    for i, t in COLUMNS:
+        ratio, a = math.exp(logprobs[i, t] - old[i, t]), advantages[i, t].item()
+        total -= min(ratio * a, min(max(ratio, 0.6), 1.4) * a)
+    loss, _ = policy_loss(logprobs, old, advantages, MASK, cliprange=0.4)
+    assert loss.item() == pytest.approx(total / len(COLUMNS), abs=1e-5)
+
+
+def test_policy_gradient_before_the_first_update():
+    """(5) at ratio 1 the gradient is -E[A grad log pi], the policy gradient."""
+    logits, actions = torch.randn(3, 7, 5, requires_grad=True), torch.randint(5, (3, 7))
+    (advantages,) = randn(1)
+    logprobs = logits.log_softmax(-1).gather(-1, actions[..., None]).squeeze(-1)
+    plain = -sum(advantages[i, t] * logprobs[i, t] for i, t in COLUMNS) / len(COLUMNS)
+    (expected,) = torch.autograd.grad(plain, logits, retain_graph=True)
+    loss, stats = policy_loss(logprobs, logprobs.detach(), advantages, MASK)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(gradient, expected)
+    assert stats["val/ratio"] == 1 and stats["policy/approxkl"] == 0 == stats["policy/clipfrac"]
+
+
+def test_approxkl_estimates_the_kl_from_the_old_policy():
+    """(5) E_old[(log pi - log old)^2 / 2] = KL(old || pi) to second order: drift raises it."""
+    old = torch.randn(6, dtype=torch.float64).log_softmax(0)
+    drift = torch.randn(6, dtype=torch.float64)
+    before = 0
+    for size in (0.02, 0.05):
+        new = (old + size * drift).log_softmax(0)
+        kl = sum(o.exp() * (o - n) for o, n in zip(old, new)).item()
+        stats = [policy_loss(n.view(1, 1), o.view(1, 1), torch.ones(1, 1), torch.ones(1, 1))[1]
+                 for o, n in zip(old, new)]
+        estimate = sum(o.exp() * s["policy/approxkl"] for o, s in zip(old, stats)).item()
+        assert estimate == pytest.approx(kl, rel=0.1) and estimate > before
+        before = estimate
+
+
+# ---- (6) ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("v, old, target, value, gradient", [
+    (1.0, 0.5, 1.2, 0.125, 0.0),  # moved up by more than eps, still below the target: clipped
+    (0.0, 0.5, 1.2, 0.72, -1.2),  # moved away from it: the unclipped error is larger
+    (1.0, 0.5, 0.2, 0.32, 0.8), (0.0, 0.5, -0.2, 0.125, 0.0),  # the same two, mirrored
+    (0.6, 0.5, 1.2, 0.18, -0.6),  # within eps
+])
+def test_value_loss_four_quadrants(v, old, target, value, gradient):
+    """(6) 1/2 max((V - R)^2, (V_old + clip(V - V_old) - R)^2): max, not min, and its gradient."""
+    values = tensor([[v]], requires_grad=True)
+    loss, stats = value_loss(values, tensor([[old]]), tensor([[target]]), torch.ones(1, 1))
+    loss.backward()
+    assert loss.item() == pytest.approx(value)
+    assert values.grad.item() == pytest.approx(gradient, abs=1e-6)
+    assert stats["val/clipfrac"].item() == (gradient == 0)
+
+
+def test_value_loss_vector():
+    """(6) V 1, 0, V_old 0.5, 0.5, R 1.2, 1.2."""
+    half = tensor([[0.5, 0.5]])
+    loss, stats = value_loss(tensor([[1.0, 0]]), half, tensor([[1.2, 1.2]]), torch.ones(1, 2))
+    assert loss.item() == pytest.approx(0.4225) and stats["val/clipfrac"].item() == 0.5
+    assert stats["val/error"].item() == pytest.approx((0.04 + 1.44) / 2)
+
+
+def test_value_loss_by_loop():
+    """(6) the mean over response tokens."""
+    values, old, returns = randn(3)
+    total = 0.0
+    for i, t in COLUMNS:
+        v, o, r = (x[i, t].item() for x in (values, old, returns))
+        total += max((v - r) ** 2, (min(max(v, o - 0.3), o + 0.3) - r) ** 2) / 2
+    loss, _ = value_loss(values, old, returns, MASK, cliprange_value=0.3)
+    assert loss.item() == pytest.approx(total / len(COLUMNS), abs=1e-5)
+
+
+# ---- (5) and (6) alike, and all of them --------------------------------------------------------
+
+LOSSES = [policy_loss, value_loss]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradient_by_finite_differences(loss):
+    """(5), (6) the gradient is the derivative of the value, column by column."""
+    x, old, target = (z.double() for z in randn(3))
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(x, old, target, MASK)[0], x)
+    for i, t in itertools.product(range(3), range(7)):
+        expected = derivative(lambda z: loss(z, old, target, MASK)[0], x.detach(), i, t)
+        assert gradient[i, t].item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradient_goes_to_the_new_network_alone(loss):
+    """(5), (6) advantages, returns and all that is old are constants; statistics have no graph."""
+    x, old, target = randn(3)
+    x.requires_grad_()
+    value, stats = loss(x, old, target, MASK)
+    value.backward()
+    assert x.grad.any() and not any(s.requires_grad for s in stats.values())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("garbage", [5.0, NAN])
+def test_losses_and_statistics_ignore_padding(loss, garbage):
+    """(5), (6) and all that is logged: nothing outside the mask matters or has a gradient."""
+    tensors, more = randn(3), torch.full((3, 4), garbage)
+    expected = loss(*tensors, MASK)
+    padded = [torch.cat([spoiled(x, garbage), more], 1) for x in tensors]
+    padded[0].requires_grad_()
+    value, stats = loss(*padded, torch.cat([MASK, torch.zeros(3, 4)], 1))
+    torch.testing.assert_close(value, expected[0])
+    for key, x in stats.items():
+        torch.testing.assert_close(x, expected[1][key], msg=key)
+    value.backward()
+    if not math.isnan(garbage):  # the test below has more on NaN
+        assert not padded[0].grad[torch.cat([MASK, torch.zeros(3, 4)], 1) == 0].any()
+
+
+@pytest.mark.parametrize("loss", [
+    policy_loss, pytest.param(value_loss, marks=pytest.mark.xfail(strict=True, reason="known"))])
+def test_nan_beyond_the_mask_leaves_the_gradient_alone(loss):
+    """(5), (6) where it stands in what is old: the gradient there is 0, as beside it."""
+    x, old, target = randn(3)
+    x.requires_grad_()
+    loss(x, spoiled(old, NAN), spoiled(target, NAN), MASK)[0].backward()
+    assert not x.grad[MASK == 0].any() and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, lm_loss, masked_mean])
+def test_parts_add_up_to_the_step(loss):
+    """`count` = the tokens of the whole step: losses and statistics of its parts sum to it."""
+    tensors = randn(1 if loss in (lm_loss, masked_mean) else 3)
+
+    def flat(rows, **count):
+        out = loss(*(x[rows] for x in tensors), MASK[rows], **count)
+        return torch.stack([out[0], *out[1].values()] if isinstance(out, tuple) else [out])
+
+    whole = flat(slice(3))
+    parts = [flat(slice(i, i + 1), count=MASK.sum()) for i in range(3)]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_parts_of_the_pairwise_loss_add_up():
+    """(2) `count` = the prompts of the step that have a pair."""
+    scores, ranks = torch.randn(12), tensor([0, 1, 2, 1, 1, 0, 0, 3, 1, 2, 2, 2])
+    groups = tensor([0] * 3 + [1] * 2 + [2] * 4 + [3] * 3)
+    own = [groups == i for i in range(4)]
+    parts = [pairwise_loss(scores[rows], ranks[rows], groups[rows], 2) for rows in own]
+    torch.testing.assert_close(sum(parts), pairwise_loss(scores, ranks, groups))
+
+
+def test_arguments_are_left_alone():
+    """Tensors in, tensors out: no equation writes into what it is given."""
+    floats, groups, ranks = randn(3), tensor([0, 0, 1]), tensor([0, 1, 0])
+    calls = [
+        (masked_mean, floats[0], MASK), (lm_loss, floats[0], MASK), (whiten, floats[0], MASK),
+        (pairwise_loss, floats[0][:, 0], ranks, groups), (gae, *floats[:2], MASK),
+        (kl_rewards, floats[0][:, 0], *floats[1:], MASK, 0.1),
+        (policy_loss, *floats, MASK), (value_loss, *floats, MASK),
+        (rlhf.action_mask, tensor([1, 2, 3]), tensor([4, 5, 6]), 7),
+    ]
+    for f, *arguments in calls:
+        before = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
+        f(*arguments)
+        assert all(torch.equal(a, b) for a, b in zip(arguments, before) if isinstance(a, Tensor))

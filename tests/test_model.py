@@ -1,0 +1,279 @@
+"""The networks: what they are, what they may see, and that sampling is from what is scored."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import gpt, scalar
+from torch import tensor
+
+import model as module
+import rlhf
+from model import GPT, PRESETS, GPTConfig, ScalarModel, generate, pad_right, sample, stream
+
+NEVER = -1  # an EOS that no token equals
+
+
+def close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
+
+
+# ---- the architecture --------------------------------------------------------------------------
+
+def count_parameters(preset: str) -> int:
+    with torch.device("meta"):  # shapes without memory
+        return sum(p.numel() for p in GPT(GPTConfig(**PRESETS[preset])).parameters())
+
+
+@pytest.mark.parametrize("preset, count", [
+    ("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080),
+    ("gpt2-xl", 1_557_611_200),
+])
+def test_presets_have_the_parameters_of_gpt2(preset, count):
+    assert count_parameters(preset) == count
+
+
+def test_initialisation_is_gpt2s():
+    config = GPTConfig(vocab_size=900, block_size=300, n_layer=3, n_head=4, n_embd=64)
+    for name, parameter in GPT(config).named_parameters():
+        std = 0.01 if "wpe" in name else 0.02 / 6**0.5 if "c_proj" in name else 0.02
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif "ln_" in name:
+            assert (parameter == 1).all(), name
+        else:
+            assert parameter.std().item() == pytest.approx(std, rel=0.03), name
+
+
+def test_scalar_head_starts_from_one_over_c_plus_one():
+    heads = [ScalarModel(GPTConfig(8, 8, 1, 1, 255)).head for _ in range(8)]
+    std = torch.cat([head.weight.detach().flatten() for head in heads]).std().item()
+    assert std == pytest.approx(256**-0.5, rel=0.05)
+    assert not any(head.bias.any() for head in heads)
+
+
+def test_unembedding_is_the_embedding(policy):
+    states = policy.hidden(tensor([[1, 2, 3]]))
+    expected = torch.stack([states[0] @ policy.wte.weight[i] for i in range(11)], -1)
+    close(policy(tensor([[1, 2, 3]]))[0], expected)
+    assert not any("head" in name for name, _ in policy.named_parameters())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (4, 1), (3, 32)])
+def test_forward_always_gives_all_logits(policy, reward_model, shape):
+    tokens = torch.randint(11, shape)
+    assert policy(tokens).shape == (*shape, 11)
+    assert policy.hidden(tokens).shape == (*shape, 16)
+    assert reward_model(tokens).shape == shape
+
+
+def test_dropout_is_on_in_train_mode_alone():
+    torch.manual_seed(1)
+    dropped, plain = gpt(dropout=0.5), gpt()
+    plain.load_state_dict(dropped.state_dict())
+    tokens = torch.randint(11, (2, 8))
+    assert torch.equal(dropped(tokens), plain(tokens))
+    dropped.train(), plain.train()
+    assert not torch.equal(dropped(tokens), dropped(tokens))
+    assert torch.equal(plain(tokens), plain(tokens))
+
+
+def reference(weights: dict, ids: list[int], heads: int) -> np.ndarray:
+    """Logits (T, V) of GPT-2 as its paper and GPT's describe it, a token and a head at a time."""
+    w = {name: x.double().numpy() for name, x in weights.items()}
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    x = w["wte.weight"][ids] + w["wpe.weight"][: len(ids)]
+    for block in ("h.0", "h.1"):
+        q, k, v = np.split(linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn"), 3, axis=-1)
+        y, size = np.zeros_like(x), x.shape[1] // heads
+        for t, head in itertools.product(range(len(ids)), range(heads)):
+            own = slice(head * size, (head + 1) * size)
+            p = np.exp(k[: t + 1, own] @ q[t, own] / size**0.5)
+            y[t, own] = p / p.sum() @ v[: t + 1, own]
+        x = x + linear(y, f"{block}.attn.c_proj")
+        u = linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")
+        u = u / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (u + 0.044715 * u**3)))
+        x = x + linear(u, f"{block}.mlp.c_proj")
+    return norm(x, "ln_f") @ w["wte.weight"].T
+
+
+def test_forward_is_gpt2s(policy):
+    tokens = torch.randint(11, (3, 9))
+    for row, logits in zip(tokens.tolist(), policy(tokens)):
+        close(logits.double(), torch.from_numpy(reference(policy.state_dict(), row, heads=2)), 1e-4)
+
+
+# ---- what a token sees -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("network", [gpt, scalar])
+def test_causality(network):
+    """A change of token t reaches the columns from t on, and no column before it."""
+    net, tokens = network(), torch.randint(11, (1, 9))
+    for t in range(9):
+        other = tokens.clone()
+        other[0, t] = (other[0, t] + 1) % 11
+        difference = (net(other) - net(tokens))[0].reshape(9, -1).abs().amax(1)
+        assert not difference[:t].any() and (difference[t:] > 0).all()
+
+
+@pytest.mark.parametrize("network", [gpt, scalar])
+@pytest.mark.parametrize("padding", [1, 7, 20])
+def test_right_padding_is_invisible(network, padding):
+    """Logits, values: of any content and length."""
+    net, tokens = network(), torch.randint(11, (3, 9))
+    for content in (torch.zeros(3, padding, dtype=torch.long), torch.randint(11, (3, padding))):
+        close(net(torch.cat([tokens, content], 1))[:, :9], net(tokens))
+
+
+def test_score_is_read_at_the_last_token(reward_model):
+    """Scores: a row in a padded batch is the row alone; its last token counts, padding does not."""
+    rows = [[3], [1, 2, 0], [4, 5, 6, 7, 8, 0]]
+    tokens, lens = pad_right(rows)
+    scores = rlhf.sequence_scores(reward_model, tokens, lens)
+    for row, score in zip(rows, scores):
+        close(score, reward_model(tensor([row]))[0, -1])
+    other = tokens.clone()
+    other[0, 1:], other[1, 2] = 9, 5
+    changed = rlhf.sequence_scores(reward_model, other, lens)
+    close(changed[0], scores[0])
+    assert abs(changed[1] - scores[1]) > 1e-3
+
+
+def test_pad_right():
+    tokens, lens = pad_right([[5, 6, 7], [8]])
+    assert tokens[0].tolist() == [5, 6, 7] and tokens[1, 0] == 8 and lens.tolist() == [3, 1]
+
+
+# ---- generate ----------------------------------------------------------------------------------
+
+def test_cached_steps_equal_the_full_forward_pass(policy, prompts, monkeypatch):
+    """The logits of every step are those of a whole forward pass over the row so far."""
+    seen = []
+
+    def record(logits, temperature):
+        seen.append(logits)
+        return sample(logits, temperature)
+
+    monkeypatch.setattr(module, "sample", record)
+    tokens, prompt_lens, _ = generate(policy, prompts, 12, NEVER)
+    assert len(seen) == 12
+    for i, n in enumerate(prompt_lens):
+        full = policy(tokens[i : i + 1, : n + 12])[0]
+        for step, logits in enumerate(seen):
+            close(logits[i], full[n - 1 + step])
+
+
+def test_greedy_batch_is_each_row_alone(policy, prompts):
+    tokens, prompt_lens, total_lens = generate(policy, prompts, 10, NEVER, temperature=0)
+    for i, prompt in enumerate(prompts):
+        alone, (n,), (total,) = generate(policy, [prompt], 10, NEVER, temperature=0)
+        assert prompt_lens[i] == n == len(prompt) and total_lens[i] == total == n + 10
+        assert tokens[i, :total].tolist() == alone[0].tolist()
+
+
+def test_greedy_takes_the_likeliest(policy, prompts):
+    tokens, prompt_lens, total_lens = generate(policy, prompts, 6, NEVER, temperature=0)
+    for row, start, end in zip(tokens, prompt_lens, total_lens):
+        logits = policy(row[None, :end])[0]
+        assert row[start:end].tolist() == logits[start - 1 : end - 1].argmax(-1).tolist()
+    assert torch.equal(sample(torch.eye(4), 0), torch.arange(4))
+
+
+@pytest.mark.parametrize("eos", range(11))
+def test_rows_end_at_their_eos_and_leave_the_others_alone(prompts, eos):
+    """Greedy, so that a row with an EOS is the row without, cut after the first: whoever else has
+    ended (such rows are dropped from the cache) and whatever its prompt holds."""
+    torch.manual_seed(3)
+    policy, prompts = gpt(), prompts * 3
+    endless, prompt_lens, _ = generate(policy, prompts, 12, NEVER, temperature=0)
+    tokens, _, total_lens = generate(policy, prompts, 12, eos, temperature=0)
+    for i, start in enumerate(prompt_lens.tolist()):
+        response = endless[i, start : start + 12].tolist()
+        if eos in response:
+            response = response[: response.index(eos) + 1]
+        assert total_lens[i] == start + len(response)
+        assert tokens[i, :start].tolist() == prompts[i]
+        assert tokens[i, start : total_lens[i]].tolist() == response
+    assert tokens.size(1) == total_lens.max()
+
+
+def test_rows_end_at_different_steps_in_the_test_above(prompts):
+    """Otherwise it would show nothing."""
+    torch.manual_seed(3)
+    policy, ends = gpt(), set()
+    for eos in range(11):
+        _, prompt_lens, total_lens = generate(policy, prompts, 12, eos, temperature=0)
+        ends |= {frozenset((total_lens - prompt_lens).tolist())}
+    assert max(map(len, ends)) >= 3
+
+
+def test_eos_in_the_prompt_does_not_stop_a_row(policy):
+    tokens, prompt_lens, total_lens = generate(policy, [[0], [0, 0, 0], [5, 0]], 8, 0)
+    assert (total_lens > prompt_lens).all()
+    for row, start, end in zip(tokens, prompt_lens, total_lens):
+        assert (row[start : end - 1] != 0).all() and (row[end - 1] == 0 or end - start == 8)
+
+
+def test_stream_yields_only_rows_that_still_go_on(policy, prompts):
+    ended = set()
+    for rows, token in stream(policy, prompts * 5, 12, 2):
+        assert not ended & set(rows.tolist())
+        ended |= set(rows[token == 2].tolist())
+    assert ended
+
+
+@pytest.mark.parametrize("prompts, new", [([[1] * 30], 3), ([[1], [1] * 33], 1), ([[1], []], 4)])
+def test_rows_that_do_not_fit_are_refused(policy, prompts, new):
+    with pytest.raises(ValueError, match="32"):
+        generate(policy, prompts, new, 0)
+
+
+def test_a_row_may_fill_the_context(policy):
+    tokens, _, total_lens = generate(policy, [[1] * 29, [2]], 3, NEVER)
+    assert total_lens.tolist() == [32, 4] and tokens.shape == (2, 32)
+
+
+# ---- what is sampled is what is scored ---------------------------------------------------------
+
+def assert_frequencies(counts, p):
+    """Within five standard deviations, of the binomial, everywhere."""
+    n = counts.sum()
+    assert ((counts / n - p).abs() <= 5 * (p * (1 - p) / n).sqrt() + 1e-9).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampled_frequencies_are_the_softmax(temperature):
+    logits = tensor([0.5, -1.0, 2.0, 0.0, -2.5, 1.0])
+    counts = sample(logits.expand(50_000, 6), temperature).bincount(minlength=6)
+    assert_frequencies(counts, (logits / temperature).softmax(0))
+
+
+def test_sampled_responses_have_the_frequencies_that_are_scored():
+    """Whole responses of up to two tokens, by enumeration; scored by token_logprobs."""
+    policy, prompt, eos, n = gpt(vocab_size=4, n_layer=1), [2, 3], 0, 40_000
+    tokens, _, total_lens = generate(policy, [prompt] * n, 2, eos)
+    rows = [tuple(row[2:end]) for row, end in zip(tokens.tolist(), total_lens.tolist())]
+    every = [(eos,), *((a, b) for a, b in itertools.product((1, 2, 3), range(4)))]
+    assert set(rows) <= set(every)
+    scored, lens = pad_right([[*prompt, *y] for y in every])
+    mask = rlhf.action_mask(torch.full((13,), 2), lens, scored.size(1))
+    p = rlhf.token_logprobs(policy, scored, mask).sum(1).exp().detach()
+    assert p.sum().item() == pytest.approx(1, abs=1e-5)
+    assert_frequencies(tensor([rows.count(y) for y in every]), p)
+
+
+def test_impossible_tokens_are_never_sampled(monkeypatch):
+    """Not even at the ends of the range of the uniform number."""
+    logits = tensor([-torch.inf, 1.0, -torch.inf, 2.0, -torch.inf, -torch.inf])
+    assert set(sample(logits.expand(20_000, 6)).tolist()) == {1, 3}
+    for extreme, expected in ((0.0, 1), (1 - 2**-24, 3)):
+        monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, extreme))
+        assert sample(logits[None]).item() == expected

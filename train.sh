@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# The whole of InstructGPT, from random weights, on two CPU cores.
+#
+#   ./train.sh                            everything below, into out/
+#   SMOKE=1 ./train.sh                    the same path on a twentieth of the data, to see that it runs
+#   SEED=2 OUT=out/seed2 ./train.sh       another seed, into a folder of its own
+set -euo pipefail
+cd "$(dirname "$0")"
+
+if [ -d .venv ]; then source .venv/bin/activate; fi
+if ! python3 -c "import torch, tiktoken, tqdm" 2> /dev/null; then
+    python3 -m venv .venv
+    source .venv/bin/activate
+    pip install -q -r requirements.txt
+fi
+
+OUT=${OUT:-out}
+all="--data $OUT/data --seed ${SEED:-1}"
+run="$all --out $OUT"
+small() { if [ -n "${SMOKE:-}" ]; then echo "$@"; fi; } # flags of the smoke run alone
+
+# A world, its customers and its labelers                                               0.2 minutes
+python3 data/prepare.py fable $all $(small --scale 0.05)
+# GPT: next-token prediction                                                            0.0
+python3 rlhf.py pretrain $run $(small --steps 60)
+# Step 1: imitate the demonstrations                                                    0.0
+python3 rlhf.py sft $run $(small --epochs 2)
+# Step 2: the labelers rank what it writes; learn to rank as they do                    0.0
+python3 data/label.py $run
+python3 rlhf.py rm $run
+# Step 1 again: the same training, keeping the epoch that the reward model likes best    0.0
+python3 rlhf.py sft $run $(small --epochs 2) --reward_model rm
+# Step 3: PPO starts from a lighter SFT with a tenth of pretraining text mixed in        0.0
+python3 rlhf.py sft $run --name ppo_init --epochs 2 --pretrain_fraction 0.1
+python3 rlhf.py ppo $run $(small --iterations 4) --name ppo --ptx_coef 0
+python3 rlhf.py ppo $run $(small --iterations 4)
+# What each of them did                                                                 0.0
+python3 rlhf.py evaluate $run
