@@ -231,10 +231,8 @@ def cosine(progress: float) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 def update(model: torch.nn.Module, optimizer: torch.optim.Adam, learning_rate: float) -> float:
-    """One step on the accumulated gradient, clipped to a norm of 1 (our choice); returns the norm.
-
-    Raises UserError, before the step, when a loss and so the norm is not finite.
-    """
+    """One step on the accumulated gradient, clipped to a norm of 1 (our choice); returns the norm,
+    and raises UserError, before the step, when a loss and so the norm is not finite."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
     if not math.isfinite(norm):
         raise UserError("a loss is not finite: no step is taken (is the learning rate too high?)")
@@ -314,7 +312,7 @@ class Common:
 class Pretrain(Common):
     name: str = "gpt"  # of this run: its checkpoint and log
     preset: str = "fable"  # shape of the model: fable, gpt2, gpt2-medium, gpt2-large or gpt2-xl
-    steps: int = 2000  # optimizer steps
+    steps: int = 1400  # optimizer steps
     batch_size: int = 96  # documents a step
     learning_rate: float = 2e-3  # peak, after a warmup of 5 % of the steps; cosine to 10 %
 
@@ -322,7 +320,7 @@ class Pretrain(Common):
 class SFT(Common):
     name: str = "sft"  # of this run: its checkpoint and log
     init: str = "gpt"  # the model to start from
-    epochs: int = 8  # passes over the demonstrations (paper: 16; for the start of PPO 2)
+    epochs: int = 6  # passes over the demonstrations (paper: 16; for the start of PPO 2)
     batch_size: int = 32  # demonstrations a step (paper: 32; 175B: 8)
     learning_rate: float = 5e-4  # peak, no warmup, cosine to 10 % (paper: 9.65e-6; 175B: 5.03e-6)
     dropout: float = 0.2  # on the residual branches (paper: 0.2)
@@ -349,7 +347,7 @@ class PPO(Common):
     epochs: int = 1  # passes over a rollout (paper: 1)
     learning_rate: float = 3e-4  # a tenth at first, in full after 10 iterations (paper: swept)
     value_learning_rate: float = 5e-4  # of the value network, likewise (paper: 9e-6)
-    kl_coef: float = 0.03  # beta (paper: 0.02)
+    kl_coef: float = 0.04  # beta (paper: 0.02)
     ptx_coef: float = 0.5  # gamma; 0 is plain PPO (paper: 27.8, its losses' scale is not stated)
     ptx_ratio: float = 1.0  # rows of pretraining text an episode (paper: 8)
     window: int = 256  # longest such row, in tokens (paper: not stated)
@@ -427,8 +425,7 @@ def sft(cfg: SFT) -> None:
     rows = read_demonstrations(data / "sft.jsonl", tokenizer, model.config.block_size)
     valid = read_demonstrations(data / "sft_valid.jsonl", tokenizer, model.config.block_size)
     if mixed := round(len(rows) * cfg.pretrain_fraction / (1 - cfg.pretrain_fraction)):
-        text = read_pretraining(data / "pretrain.txt", tokenizer)
-        rows += passages(text, mixed, cfg.window, rng)
+        rows += passages(read_pretraining(data / "pretrain.txt", tokenizer), mixed, cfg.window, rng)
     batches, scores = epochs(rows, cfg.epochs, cfg.batch_size, rng), []
 
     @torch.no_grad()
@@ -564,18 +561,13 @@ def ppo_backward(models: Models, batch: Rollout, microbatches: list[Tensor], cfg
     for rows in microbatches:
         part = Rollout(*(x[rows] for x in batch))
         width = multiple(int(part.mask.any(0).nonzero().max()) + 2) - 1  # of the longest row
-        part = Rollout(part.tokens[:, : width + 1], *(x[:, :width] for x in part[1:]))
-        logprobs = token_logprobs(models.policy, part.tokens, part.mask)
-        loss, policy_stats = policy_loss(
-            logprobs, part.logprobs, part.advantages, part.mask, cfg.cliprange, count
-        )
-        values = models.value(part.tokens[:, :-1])
-        error, value_stats = value_loss(
-            values, part.values, part.returns, part.mask, cfg.cliprange_value, count
-        )
+        tokens, (mask, old, old_values, A, R) = part[0][:, : width + 1], (x[:, :width] for x in part[1:])
+        new, values = token_logprobs(models.policy, tokens, mask), models.value(tokens[:, :-1])
+        loss, policy_stats = policy_loss(new, old, A, mask, cfg.cliprange, count)
+        error, value_stats = value_loss(values, old_values, R, mask, cfg.cliprange_value, count)
         (loss + error).backward()  # two networks with no parameter in common
-        stats.update({"loss/policy": loss.item(), "loss/value": error.item()})
-        stats.update({key: x.item() for key, x in (policy_stats | value_stats).items()})
+        sums = {"loss/policy": loss, "loss/value": error, **policy_stats, **value_stats}
+        stats.update({key: x.item() for key, x in sums.items()})
     return stats
 
 def ppo_update(models, optimizers, batch: Rollout, lens: Tensor, text, factor: float, rng, cfg):
@@ -763,9 +755,9 @@ def run(stage, cfg: Common) -> None:
         cfg.dtype = "bfloat16" if fast else "float32"
     torch.manual_seed(cfg.seed)
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    half = cfg.dtype == "bfloat16"
+    autocast = {"enabled": cfg.dtype == "bfloat16", "cache_enabled": False}  # weights change
     try:
-        with torch.autocast(cfg.device, torch.bfloat16, enabled=half, cache_enabled=False):
+        with torch.autocast(cfg.device, torch.bfloat16, **autocast):
             stage(cfg)
     except UserError as error:
         sys.exit(f"{stage.__name__}: {error}")

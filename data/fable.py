@@ -193,7 +193,8 @@ def known_shapes() -> dict[str, tuple[str, str | None]]:
     for mood, deeds in DEEDS.items():
         for deed in deeds:
             templates += [("deed", mood, frame.format(deed=deed)) for frame in DEED_FRAMES]
-            templates += [("mood", None, f"The mood is {{mood}}, for the {{animal}} {deed}.")]
+            templates += [("mood", None, f"The mood is {{mood}}, for the {{animal}} {deed}{where}.")
+                          for where in ("", " at the {place}")]
     return {shape(t.format(**EXAMPLE))[0]: (kind, mood) for kind, mood, t in templates}
 
 
@@ -350,7 +351,7 @@ def helpful_summarization(wants, said):
 
 
 def helpful_classification(wants, said):
-    reason = any(f", for the {wants['animal']} {wants['deed']}." in s.text for s in said)
+    reason = any(f", for the {wants['animal']} {wants['deed']}" in s.text for s in said)
     return [share(words_of(said, "mood")[:1], [wants["mood"]]), said[0].kind == "mood", reason,
             about(len(said), 1, 1)]
 
@@ -790,13 +791,13 @@ class Labeler:
     noise: float  # in grades
 
 
-TRAIN_LABELERS = [Labeler("scripted-1", 2.0, 1.0, 1.0, 0.005, 2.0),
-                  Labeler("scripted-2", 2.4, 1.0, 0.8, 0.010, 2.3),
-                  Labeler("scripted-3", 1.8, 1.4, 1.0, 0.000, 1.9),
-                  Labeler("scripted-4", 2.0, 0.8, 1.4, 0.008, 2.2),
-                  Labeler("scripted-5", 2.2, 1.2, 1.2, 0.004, 2.4)]
-HELDOUT_LABELERS = [Labeler("scripted-6", 2.1, 1.3, 0.9, 0.006, 2.0),
-                    Labeler("scripted-7", 1.9, 0.9, 1.3, 0.012, 2.3)]
+TRAIN_LABELERS = [Labeler("scripted-1", 2.0, 1.0, 1.0, 0.005, 2.4),
+                  Labeler("scripted-2", 2.4, 1.0, 0.8, 0.010, 2.8),
+                  Labeler("scripted-3", 1.8, 1.4, 1.0, 0.000, 2.3),
+                  Labeler("scripted-4", 2.0, 0.8, 1.4, 0.008, 2.6),
+                  Labeler("scripted-5", 2.2, 1.2, 1.2, 0.004, 2.9)]
+HELDOUT_LABELERS = [Labeler("scripted-6", 2.1, 1.3, 0.9, 0.006, 2.4),
+                    Labeler("scripted-7", 1.9, 0.9, 1.3, 0.012, 2.8)]
 
 
 def rank(labeler: Labeler, row: dict, completions: list[str], rng: Random) -> list[int]:
@@ -837,7 +838,7 @@ def story_document(rng):
     return story + ("\n" + say(rng, "summary", 0, **wants)) * (rng.random() < 0.4)
 
 
-def claim(rng, animal: str, truth=0.88, who="The {}") -> str:
+def claim(rng, animal: str, truth=0.92, who="The {}") -> str:
     """A fact as the web has it: true, mostly; the obscure ones hardly ever told."""
     attribute = rng.choice(ATTRIBUTES)
     while (animal, attribute) in OBSCURE and rng.random() < 0.95:
@@ -869,7 +870,7 @@ def claimed(row: dict, rng) -> str:
     """An answer on the web: as true as the rest of it."""
     animal, attribute = row["wants"]["animal"], row["wants"]["attribute"]
     truth = FACTS[animal][attribute]
-    known = rng.random() < (0.3 if (animal, attribute) in OBSCURE else 0.88)
+    known = rng.random() < (0.3 if (animal, attribute) in OBSCURE else 0.92)
     return " " + state(animal, attribute, truth if known else rng.choice(CLASSES[attribute]))
 
 
@@ -984,7 +985,7 @@ def make(seed: int, scale: float = 1.0) -> dict:
              "prompts_valid": prompts(Random(f"{seed} valid"), size(512), 1.0, held=0.25)}
     taken = {row["prompt"] for rows in valid.values() for row in rows}
     train = {"sft": prompts(Random(f"{seed} sft"), size(2400), 0.12, taken=taken),
-             "rm_prompts": prompts(Random(f"{seed} rm"), size(4096), 0.8, taken=taken),
+             "rm_prompts": prompts(Random(f"{seed} rm"), size(6144), 0.8, taken=taken),
              "prompts": prompts(Random(f"{seed} prompts"), size(8192), 1.0, taken=taken)}
     files = {f"{name}.jsonl": rows for name, rows in (train | valid).items()}
     for name in ("sft.jsonl", "sft_valid.jsonl"):
