@@ -8,7 +8,6 @@ to its right, padding on the right is invisible, and no forward pass needs to kn
 In shapes: B rows, T columns, C width (n_embd), H heads (n_head), D = C / H, V vocabulary.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 @dataclass
 class GPTConfig:
     """The shape of a GPT, and nothing else: about 12 n_layer n_embd^2 + V n_embd parameters."""
-
     vocab_size: int = 50257  # 256 bytes + 50,000 merges + <|endoftext|>
     block_size: int = 1024  # longest row, in tokens
     n_layer: int = 12
@@ -41,7 +39,6 @@ class KVCache:
 
     A prompt's padding is written too, and overwritten later: no row looks beyond its own position.
     """
-
     def __init__(self, batch: int, length: int, device: torch.device):
         self.length, self.layers = length, {}  # layer -> keys, values, each (B, H, length, D)
         self.position = torch.zeros(batch, dtype=torch.long, device=device)  # next column, by row
@@ -73,7 +70,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 class Attention(nn.Module):
     """Causal self-attention, all heads at once."""
-
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.layer, self.n_head = layer, config.n_head
@@ -112,7 +108,6 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """A language model: tokens (B, T) -> logits (B, T, V) of the token that follows each."""
-
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
@@ -128,13 +123,13 @@ class GPT(nn.Module):
                 nn.init.normal_(weight, std=0.01 if name == "wpe.weight" else 0.02 * branch)
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The last layer's states after the final LayerNorm, (B, T) -> (B, T, C)."""
+        """States after the final LayerNorm, (B, T) -> (B, T, C); only padding may be over-long."""
         position = torch.arange(tokens.size(1), device=tokens.device).expand(1, -1)  # or (B, T)
         if cache is not None:
             position = cache.position[:, None] + position
-        x = self.wte(tokens) + self.wpe(position)
-        column = torch.arange(multiple(int(position.max()) + 1), device=tokens.device)
-        column = column[: tokens.size(1)] if cache is None else column
+        x = self.wte(tokens) + self.wpe(position.clamp(max=self.config.block_size - 1))
+        width = tokens.size(1) if cache is None else multiple(int(position.max()) + 1)
+        column = torch.arange(width, device=tokens.device)
         unseen = column > position[:, None, :, None]  # what stands to the right
         mask = torch.zeros_like(unseen, dtype=x.dtype).masked_fill(unseen, -torch.inf)
         for block in self.h:
@@ -154,7 +149,6 @@ class ScalarModel(nn.Module):
     The reward model reads it at a row's last token, the value network, its copy, at every token.
     The head starts from N(0, 1 / (C + 1)) as in OpenAI's code of 2019; the paper does not say.
     """
-
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
@@ -192,9 +186,7 @@ def sample(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return (cdf <= uniform).sum(-1).clamp(max=logits.size(-1) - 1)
 
 @torch.no_grad()
-def stream(
-    model: GPT, prompts: list[list[int]], max_new_tokens: int, eos: int, temperature: float = 1.0
-) -> Iterator[tuple[Tensor, Tensor]]:
+def stream(model: GPT, prompts: list[list[int]], max_new_tokens: int, eos: int, temperature=1.0):
     """Decode step by step: yields the rows still going and the next token of each, EOS last."""
     tokens, lens = pad_right(prompts, model.wte.weight.device)
     if lens.min() < 1 or lens.max() + max_new_tokens > model.config.block_size:
@@ -217,9 +209,7 @@ def stream(
         state = model.hidden(token[:, None], cache)[:, 0]
         cache.position = cache.position + 1
 
-def generate(
-    model: GPT, prompts: list[list[int]], max_new_tokens: int, eos: int, temperature: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
+def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, eos: int, temperature=1.0):
     """Complete every prompt, up to its EOS or max_new_tokens.
 
     Returns tokens (B, T), prompt_lens (B,) and total_lens (B,), which counts prompt, response and

@@ -30,13 +30,13 @@ import inspect
 import json
 import math
 import os
-import pickle
 import re
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import numpy as np
@@ -55,20 +55,16 @@ from model import GPT, PRESETS, GPTConfig, ScalarModel, generate, multiple, pad_
 # `count` is what a mean is divided by, given when the tensors are only a part of an optimizer step:
 # the parts then add up to the step, exactly. Nothing outside the mask matters, not even NaN.
 
-Count = Tensor | float | None
-
-def masked_mean(x: Tensor, mask: Tensor, count: Count = None) -> Tensor:
+def masked_mean(x: Tensor, mask: Tensor, count=None) -> Tensor:
     """The mean of x over the columns where mask is 1: (B, T-1), (B, T-1) -> ()."""
     return torch.where(mask > 0, x, 0).sum() / (mask.sum().clamp(min=1) if count is None else count)
 
-def lm_loss(logprobs: Tensor, mask: Tensor, count: Count = None) -> Tensor:
+def lm_loss(logprobs: Tensor, mask: Tensor, count=None) -> Tensor:
     """(1) -E[log pi(token)], nats a token: (B, T-1), (B, T-1) -> (). SFT's loss, and the ptx term.
-
-    SFT's mask leaves the prompt out: our choice, the paper does not say.
-    """
+    SFT's mask leaves the prompt out: our choice, the paper does not say."""
     return -masked_mean(logprobs, mask, count)
 
-def pairwise_loss(scores: Tensor, ranks: Tensor, groups: Tensor, count: Count = None) -> Tensor:
+def pairwise_loss(scores: Tensor, ranks: Tensor, groups: Tensor, count=None) -> Tensor:
     """(2) -1/C(K,2) E[log sigmoid(r(x, y_w) - r(x, y_l))], nats a pair (paper, eq. 1).
 
     scores (N,), ranks (N,) 0 = best and ties equal, groups (N,) the index of the prompt -> (). Each
@@ -95,9 +91,7 @@ def kl_rewards(
     rewards[torch.arange(len(rewards)), last] += scores
     return rewards
 
-def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95
-) -> tuple[Tensor, Tensor]:
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95):
     """(4) A_t = sum_l (gamma lam)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t: all (B, T-1).
 
     Generalized advantage estimation (Schulman et al. 2016, eq. 16); after the last response token
@@ -120,7 +114,7 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
-    cliprange: float = 0.2, count: Count = None,
+    cliprange: float = 0.2, count=None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(5) -E[min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)], ratio = pi / pi_old (PPO, eq. 7).
 
@@ -139,13 +133,14 @@ def policy_loss(
 
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor,
-    cliprange_value: float = 0.2, count: Count = None,
+    cliprange_value: float = 0.2, count=None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(6) 1/2 E[max((V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2)].
 
-    All (B, T-1) -> (), and statistics. Clip and 1/2 are from OpenAI's code of 2019
-    (lm-human-preferences): the paper mentions neither.
+    All (B, T-1) -> (), and statistics. Clip and 1/2 are OpenAI's of 2019 (the paper has neither).
     """
+    inputs = torch.stack([values, old_values, returns])
+    values, old_values, returns = torch.where(mask > 0, inputs, 0)
     near = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
     unclipped, clipped = (values - returns) ** 2, (near - returns) ** 2
     return 0.5 * masked_mean(torch.maximum(unclipped, clipped), mask, count), {
@@ -172,8 +167,8 @@ def token_logprobs(policy: GPT, tokens: Tensor, mask: Tensor) -> Tensor:
     states = policy.hidden(tokens[:, :-1]).flatten(0, 1)[rounded]
     actions = tokens[:, 1:].flatten()[rounded]
     logprobs = -F.cross_entropy(policy.unembed(states).float(), actions, reduction="none")
-    logprobs = logprobs[: len(wanted)]
-    return logprobs.new_zeros(mask.numel()).index_put((wanted,), logprobs).view_as(mask)
+    empty = torch.zeros_like(mask).flatten()
+    return empty.index_put((wanted,), logprobs[: len(wanted)]).view_as(mask)
 
 def sequence_scores(reward_model: ScalarModel, tokens: Tensor, total_lens: Tensor) -> Tensor:
     """r(x, y), read at each row's last token, EOS: (B, T), (B,) -> (B,)."""
@@ -272,13 +267,12 @@ def load(cfg: "Common", name: str, kind: type = GPT, dropout: float = 0.0) -> GP
             raise UserError(f"{path} holds a {content['kind']}, where a {kind.__name__} is needed")
         model = kind(GPTConfig(**{**content["config"], "dropout": dropout}))
         model.load_state_dict(content["model"])
-    except (RuntimeError, LookupError, TypeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, RuntimeError, LookupError, TypeError, UnpicklingError) as error:
         raise UserError(f"{path} is not a checkpoint of this program: {error}") from None
     return model.to(cfg.device).eval()
 
 class Log:
     """A bar for the person, one JSON line a step in out/<name>/metrics.jsonl for the figures."""
-
     def __init__(self, cfg: "Common", total: int):
         folder = Path(cfg.out) / cfg.name
         folder.mkdir(parents=True, exist_ok=True)
@@ -288,7 +282,8 @@ class Log:
 
     def step(self, metrics: dict[str, float], *show: str) -> None:
         self.bar.set_postfix({key: f"{metrics[key]:.3g}" for key in show}, refresh=False)
-        self.bar.update()
+        self.bar.n += 1
+        self.bar.update(0)
         row = {"step": self.bar.n, "seconds": round(time.time() - self.start, 2), **metrics}
         print(json.dumps(row), file=self.file, flush=True)
 
@@ -491,12 +486,12 @@ def rm_report(model: ScalarModel, seen: set, valid: list[dict], cfg: RM) -> dict
         margins[split] += (score[winner] - score[loser]).tolist()
         scores += score.tolist()
         lens += [len(ids) - len(row["prompt_ids"]) for ids in row["ids"]]
-    correlation = np.corrcoef(scores, lens)[0, 1]
-    report = {"eval/score_std": np.std(scores), "eval/length_correlation": correlation}
-    for split, own in margins.items():
-        report[f"{split}/accuracy"] = np.mean(np.array(own) > 0) if own else math.nan
-        report[f"{split}/margin"] = np.mean(own) if own else math.nan
-    return {key: float(value) for key, value in report.items()}
+    correlation = float(np.corrcoef(scores, lens)[0, 1])
+    report = {"eval/score_std": float(np.std(scores)), "eval/length_correlation": correlation}
+    for split in filter(margins.get, margins):
+        report[f"{split}/accuracy"] = float(np.mean(np.array(margins[split]) > 0))
+        report[f"{split}/margin"] = float(np.mean(margins[split]))
+    return report
 
 # ---- Step 3: PPO ---------------------------------------------------------------------------------
 
@@ -559,14 +554,14 @@ def ppo_backward(models: Models, batch: Rollout, microbatches: list[Tensor], cfg
     count = sum(batch.mask[rows].sum() for rows in microbatches)
     stats = Counter()
     for rows in microbatches:
-        part = Rollout(*(x[rows] for x in batch))
-        width = multiple(int(part.mask.any(0).nonzero().max()) + 2) - 1  # of the longest row
-        tokens, (mask, old, old_values, A, R) = part[0][:, : width + 1], (x[:, :width] for x in part[1:])
+        width = multiple(int(batch.mask[rows].any(0).nonzero().max()) + 2) - 1  # the longest row's
+        tokens = batch.tokens[rows, : width + 1]
+        mask, old, old_values, advantages, returns = (x[rows, :width] for x in batch[1:])
         new, values = token_logprobs(models.policy, tokens, mask), models.value(tokens[:, :-1])
-        loss, policy_stats = policy_loss(new, old, A, mask, cfg.cliprange, count)
-        error, value_stats = value_loss(values, old_values, R, mask, cfg.cliprange_value, count)
+        loss, of_policy = policy_loss(new, old, advantages, mask, cfg.cliprange, count)
+        error, of_value = value_loss(values, old_values, returns, mask, cfg.cliprange_value, count)
         (loss + error).backward()  # two networks with no parameter in common
-        sums = {"loss/policy": loss, "loss/value": error, **policy_stats, **value_stats}
+        sums = {"loss/policy": loss, "loss/value": error, **of_policy, **of_value}
         stats.update({key: x.item() for key, x in sums.items()})
     return stats
 
@@ -607,7 +602,7 @@ def ppo(cfg: PPO) -> None:
     text = read_pretraining(data / "pretrain.txt", tokenizer) if cfg.ptx_coef else None
     gold = gold_function(prompts, cfg.gold)
     passes = math.ceil(cfg.iterations * cfg.rollout_size / len(prompts))
-    batches = epochs(prompts, passes, cfg.rollout_size, rng)[: cfg.iterations]
+    batches = epochs(prompts * passes, 1, cfg.rollout_size, rng)[: cfg.iterations]
     for iteration, rows in enumerate(batches):
         prompt_ids = [row["prompt_ids"] for row in rows]
         batch, lens, episodes = rollout(models, prompt_ids, tokenizer.eot_token, cfg)
@@ -631,18 +626,14 @@ def ppo(cfg: PPO) -> None:
 
 def win_rate(own: np.ndarray, other: np.ndarray) -> tuple[float, float]:
     """The share of prompts (N,) where `own` is better, ties half; half its 95 % interval's width.
-
-    Judging both orders would change nothing: win_rate(a, b) + win_rate(b, a) = 1.
-    """
+    Judging both orders would change nothing: win_rate(a, b) + win_rate(b, a) = 1."""
     outcomes = (own > other) + 0.5 * (own == other)
     return float(outcomes.mean()), float(1.96 * outcomes.std() / len(outcomes) ** 0.5)
 
 @torch.no_grad()
 def measure(policy: GPT, prompts: list, rows: list[dict], ref, reward, gold, tokenizer, cfg):
-    """One row of the table, {column: value}, and each prompt's gold score (N,).
-
-    `prompts` are the ids of `rows`, after examples perhaps; `ref`, `reward`, `gold` may be None.
-    """
+    """One row of the table, {column: value}, and each prompt's gold score (N,). `prompts` are the
+    ids of `rows`, after examples perhaps; `ref`, `reward` and `gold` may be None."""
     tokens, mask, _ = complete(policy, prompts, tokenizer.eot_token, cfg.max_new_tokens)
     answers, result, totals = responses(tokens, mask), {}, None
     plain = [(row["prompt_ids"] + ids, len(row["prompt_ids"])) for row, ids in zip(rows, answers)]
@@ -686,7 +677,7 @@ def evaluate(cfg: Evaluate) -> None:
     results, golds, gold = {}, {}, gold_function(rows, cfg.gold)
     for title in cfg.models.split(","):
         name = title.removesuffix("+fewshot")
-        if not checkpoint(cfg, name).exists():
+        if not checkpoint(cfg, name).exists() or not examples and title != name:
             continue
         torch.manual_seed(cfg.seed)
         policy, shots = load(cfg, name), [row["ids"][0][:-1] for row in examples if title != name]
@@ -701,7 +692,8 @@ def evaluate(cfg: Evaluate) -> None:
         rate, margin = win_rate(golds[title], golds[cfg.baseline])
         results[title] = {"win rate": rate, "±": margin, **results[title]}
     print(table := markdown(results))
-    for suffix, text in ((".md", table), (".json", json.dumps(results, indent=1, default=float))):
+    content = json.dumps({"table": results, "gold": golds}, default=np.ndarray.tolist)
+    for suffix, text in ((".md", table), (".json", content)):
         (Path(cfg.out) / (cfg.name + suffix)).write_text(text + "\n", encoding="utf-8")
 
 def markdown(results: dict[str, dict[str, float]]) -> str:
@@ -737,13 +729,17 @@ def speak(policy: GPT, ids: list[int], tokenizer, cfg: Chat):
             text = decoder.decode(tokenizer.decode_single_token_bytes(token.item()))
             yield "".join(char for char in text if char.isprintable() or char == "\n")
 
+DEVICES, DTYPES = ("auto", "cpu", "cuda", "mps"), ("auto", "bfloat16", "float32")
+
 def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
     """A flag for every field of a settings class, the comment beside the field as its help."""
     source = inspect.getsource(Common) + inspect.getsource(settings)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
+    choices = {"preset": PRESETS, "device": DEVICES, "dtype": DTYPES}
     for field in fields(settings):
         text = f"{comments[field.name]} [{field.default}]".replace("%", "%%")
-        parser.add_argument(f"--{field.name}", type=field.type, default=field.default, help=text)
+        more = {"default": field.default, "choices": choices.get(field.name), "help": text}
+        parser.add_argument(f"--{field.name}", type=field.type, **more)
 
 def run(stage, cfg: Common) -> None:
     """Settle what is "auto", seed, run the stage; a UserError ends it with its sentence."""
@@ -755,9 +751,9 @@ def run(stage, cfg: Common) -> None:
         cfg.dtype = "bfloat16" if fast else "float32"
     torch.manual_seed(cfg.seed)
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    autocast = {"enabled": cfg.dtype == "bfloat16", "cache_enabled": False}  # weights change
-    try:
-        with torch.autocast(cfg.device, torch.bfloat16, **autocast):
+    half = cfg.dtype == "bfloat16"
+    try:  # no cache of weights in bfloat16, as they change
+        with torch.autocast(cfg.device, torch.bfloat16, half, cache_enabled=False):
             stage(cfg)
     except UserError as error:
         sys.exit(f"{stage.__name__}: {error}")

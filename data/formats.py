@@ -23,9 +23,6 @@ import tiktoken
 
 EOT = "<|endoftext|>"  # GPT-2's only control token: parts documents, ends responses
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-FIELDS = {"prompt": str, "completion": str, "completions": list, "ranks": list}
-
-
 class UserError(Exception):
     """What one sentence explains to the user: printed without a traceback."""
 
@@ -63,6 +60,19 @@ def canonical(row: dict) -> dict:
     return row
 
 
+def expected(row: dict, field: str) -> str:
+    """What the field of a row should be and is not, or ""."""
+    value = row.get(field)
+    if field in ("prompt", "completion"):
+        return "" if isinstance(value, str) else "a string"
+    if field == "completions":
+        strings = isinstance(value, list) and value and all(isinstance(x, str) for x in value)
+        return "" if strings else "a list of strings"
+    numbers = isinstance(value, list) and all(type(x) is int for x in value)
+    one_each = numbers and len(value) == len(row["completions"])
+    return "" if one_each else "a list of whole numbers, one for each completion"
+
+
 def read_rows(path: Path, tokenizer: tiktoken.Encoding, longest: int, *required: str) -> list[dict]:
     """The rows of a file with, besides `required` fields, "prompt_ids" and, for completions, "ids".
 
@@ -70,27 +80,36 @@ def read_rows(path: Path, tokenizer: tiktoken.Encoding, longest: int, *required:
     over. Rows over `longest` tokens are left out, as in the paper (C.4). Raises UserError with
     file, line and field.
     """
-    rows, number = [], 0
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        try:
-            row = canonical(json.loads(line))
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}, line {number}: no row of a known format, {error!r}") from None
-        for field in required:
-            if not isinstance(row.get(field), FIELDS[field]):
-                kind, found = FIELDS[field].__name__, json.dumps(row.get(field))[:40]
-                raise UserError(f"{path}, line {number}: {field} should be a {kind}, not {found}")
+    lines = read_text(path).removesuffix("\n").split("\n")
+    rows = [read_row(line, f"{path}, line {i}", required) for i, line in enumerate(lines, 1)]
+    for row in rows:
         row["prompt_ids"] = tokenizer.encode_ordinary(row["prompt"])
         answers = row.get("completions") or ([row["completion"]] if "completion" in row else [])
         answers = [tokenizer.encode_ordinary(text) + [tokenizer.eot_token] for text in answers]
         row["ids"] = [row["prompt_ids"] + ids for ids in answers]
-        if max(len(ids) for ids in [row["prompt_ids"], *row["ids"]]) <= longest:
-            rows.append(row)
-    if len(rows) < number:
-        print(f"{path}: {number - len(rows)} of {number} rows are over {longest} tokens, left out")
-    if not rows:
+    fitting = [row for row in rows if max(map(len, [row["prompt_ids"], *row["ids"]])) <= longest]
+    if len(fitting) < len(rows):
+        left_out = len(rows) - len(fitting)
+        print(f"{path}: {left_out} of {len(rows)} rows are over {longest} tokens, left out")
+    if not fitting:
         raise UserError(f"{path} has no row of at most {longest} tokens")
-    return rows
+    return fitting
+
+
+def read_row(line: str, where: str, required: tuple[str, ...]) -> dict:
+    """One row in the fields' usual names, or a UserError that says where and what is wrong."""
+    try:
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            raise TypeError("not an object")
+        row = canonical(row)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{where}: no row of a known format, {error!r}") from None
+    for field in required:
+        if should := expected(row, field):
+            found = json.dumps(row.get(field))[:60]
+            raise UserError(f"{where}: {field} should be {should}, not {found}")
+    return row
 
 
 def read_demonstrations(path: Path, tokenizer, longest: int) -> list[tuple[list[int], int]]:
@@ -107,7 +126,7 @@ def read_text(path: Path) -> str:
 
 
 def read_pretraining(path: Path, tokenizer: tiktoken.Encoding) -> list[np.ndarray]:
-    """The ids of each document, EOS at its end; tokenised once, then kept in a file beside the text."""
+    """The ids of each document, EOS at its end; tokenised once, then kept beside the text."""
     cache, eos = path.with_suffix(".npy"), tokenizer.eot_token
     if not cache.exists() or cache.stat().st_mtime < path.stat().st_mtime:
         texts = [text for text in read_text(path).split(EOT) if text]

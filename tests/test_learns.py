@@ -98,17 +98,18 @@ def results(world):
     def of(kind, **fields):
         return settings(kind, world, max_new_tokens=12, gold=str(world / "gold.py"), **fields)
 
-    rlhf.pretrain(of(rlhf.Pretrain, preset="things", steps=400, batch_size=16, learning_rate=4e-3))
+    rlhf.pretrain(of(rlhf.Pretrain, preset="things", steps=400, batch_size=48, learning_rate=4e-3))
     rlhf.sft(of(rlhf.SFT, epochs=4, learning_rate=1e-3, dropout=0.1))
     rank_by_gold(world, of(label.Label))
-    rlhf.rm(of(rlhf.RM, learning_rate=1e-3))
+    rlhf.rm(of(rlhf.RM, epochs=2, learning_rate=2e-3))
     for name, ptx_coef in (("ppo", 0.0), ("ppo_ptx", 1.0)):
         rlhf.ppo(of(rlhf.PPO, name=name, init="sft", iterations=40, rollout_size=64,
-                    minibatch_size=16, ptx_coef=ptx_coef, kl_coef=0.1, window=32, learning_rate=5e-4,
-                    value_learning_rate=2e-3, ema_decay=0.9))
+                    minibatch_size=16, ptx_coef=ptx_coef, kl_coef=0.1, window=32,
+                    learning_rate=1e-3, value_learning_rate=2e-3, ema_decay=0.9))
     rlhf.evaluate(of(rlhf.Evaluate, reference="sft"))
     log = (world / "out/ppo_ptx/metrics.jsonl").read_text().splitlines()
-    return json.loads((world / "out/evaluate.json").read_text()), [json.loads(line) for line in log]
+    table = json.loads((world / "out/evaluate.json").read_text())["table"]
+    return table, [json.loads(line) for line in log]
 
 
 def gold(row: dict) -> float:

@@ -149,7 +149,7 @@ def test_score_is_read_at_the_last_token(reward_model):
 
 def test_pad_right():
     tokens, lens = pad_right([[5, 6, 7], [8]])
-    assert tokens[0].tolist() == [5, 6, 7] and tokens[1, 0] == 8 and lens.tolist() == [3, 1]
+    assert tokens[0, :3].tolist() == [5, 6, 7] and tokens[1, 0] == 8 and lens.tolist() == [3, 1]
 
 
 # ---- generate ----------------------------------------------------------------------------------
@@ -234,6 +234,16 @@ def test_stream_yields_only_rows_that_still_go_on(policy, prompts):
 def test_rows_that_do_not_fit_are_refused(policy, prompts, new):
     with pytest.raises(ValueError, match="32"):
         generate(policy, prompts, new, 0)
+
+
+@pytest.mark.parametrize("block_size", [5, 21, 32])
+def test_a_row_may_fill_a_context_of_any_size(block_size):
+    """However rows are padded, no position is asked for that the model has not."""
+    policy, prompt = gpt(block_size=block_size), [1] * (block_size - 3)
+    tokens, _, total_lens = generate(policy, [prompt, [2]], 3, NEVER)
+    assert total_lens.tolist() == [block_size, 4]
+    tokens, lens = pad_right([tokens[0, :block_size].tolist()])
+    assert policy(tokens)[0, :block_size].isfinite().all()
 
 
 def test_a_row_may_fill_the_context(policy):
