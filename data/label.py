@@ -24,7 +24,7 @@ from rlhf import read_rows, responses, run  # noqa: E402
 
 @dataclass
 class Label(Common):
-    models: str = "sft,sft,sft,sft,sft,gpt"  # each completion is by one of these, drawn by chance
+    models: str = "sft,sft,sft,sft,gpt"  # each completion is by one of these, drawn by chance
     k_min: int = 4  # fewest completions a prompt (paper: 4)
     k_max: int = 9  # most (paper: 9)
 
@@ -52,9 +52,13 @@ def label(cfg: Label) -> None:
 
 
 def sample_completions(models: dict, rows: list[dict], tokenizer, rng: Random, cfg: Label) -> list:
-    """K completions for each row, K drawn anew each time, each by a model drawn from --models."""
+    """K completions for each row, K drawn anew each time, by models drawn from --models.
+
+    The last of them answers another row's prompt: else nothing tells the reward model that a good
+    answer to the wrong question is a bad one, and PPO soon finds that out.
+    """
     names = cfg.models.split(",")
-    authors = [rng.choices(names, k=rng.randint(cfg.k_min, cfg.k_max)) for _ in rows]
+    authors = [rng.choices(names, k=rng.randint(cfg.k_min, cfg.k_max) - 1) for _ in rows]
     completions: list[list[str]] = [[] for _ in rows]
     for name, model in models.items():
         places = [i for i, own in enumerate(authors) for author in own if author == name]
@@ -62,7 +66,8 @@ def sample_completions(models: dict, rows: list[dict], tokenizer, rng: Random, c
         tokens, mask, _ = complete(model, prompts, tokenizer.eot_token, cfg.max_new_tokens)
         for i, ids in zip(places, responses(tokens, mask)):  # a model may go on as the human: cut
             completions[i].append(decode(tokenizer, ids).split("\n\nHuman:")[0])
-    return completions
+    strays = [rng.choice(completions[i]) for i in rng.sample(range(len(rows)), len(rows))]
+    return [[*own, stray] for own, stray in zip(completions, strays)]
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
