@@ -336,13 +336,13 @@ class PPO(Common):
     name: str = "ppo_ptx"  # of this run: its checkpoint and log
     init: str = "ppo_init"  # where the policy starts, and the reference it is held to
     reward_model: str = "rm"  # frozen; the value network starts as its copy
-    iterations: int = 120  # rollouts, each followed by its updates (paper: 500)
+    iterations: int = 100  # rollouts, each followed by its updates (paper: 500)
     rollout_size: int = 128  # episodes an iteration (paper: 512)
     minibatch_size: int = 32  # episodes an optimizer step (paper: 64)
     epochs: int = 1  # passes over a rollout (paper: 1)
-    learning_rate: float = 2e-4  # a tenth at first, in full after 10 iterations (paper: swept)
+    learning_rate: float = 3e-4  # a tenth at first, in full after 10 iterations (paper: swept)
     value_learning_rate: float = 5e-4  # of the value network, likewise (paper: 9e-6)
-    kl_coef: float = 0.02  # beta (paper: 0.02)
+    kl_coef: float = 0.04  # beta (paper: 0.02)
     ptx_coef: float = 0.5  # gamma; 0 is plain PPO (paper: 27.8, its losses' scale is not stated)
     ptx_ratio: float = 1.0  # rows of pretraining text an episode (paper: 8)
     window: int = 256  # longest such row, in tokens (paper: not stated)
