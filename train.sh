@@ -19,7 +19,7 @@ all="--data $OUT/data --seed ${SEED:-1}"
 run="$all --out $OUT"
 small() { if [ -n "${SMOKE:-}" ]; then echo "$@"; fi; } # flags of the smoke run alone
 
-# The minutes beside each step are those of one of three runs side by side on two cores, a thread each.
+# The minutes beside each step are those of seed 3, beside two other runs on two cores, a thread each.
 
 # A world, its customers and its labelers                                            0.1 minutes
 python3 data/prepare.py fable $all $(small --scale 0.05)
@@ -34,7 +34,7 @@ python3 rlhf.py rm $run
 python3 rlhf.py sft $run $(small --epochs 2) --reward_model rm
 # Step 3: PPO starts from a lighter SFT with a tenth of pretraining text mixed in    0.5
 python3 rlhf.py sft $run --name ppo_init --epochs 2 --pretrain_fraction 0.1
-#         without pretraining text, then with it                                     4.9 and 7.2
+#         without pretraining text, then with it                                     5.1 and 7.1
 python3 rlhf.py ppo $run $(small --iterations 4) --name ppo --ptx_coef 0
 python3 rlhf.py ppo $run $(small --iterations 4)
 # What each of them did                                                              0.9
