@@ -4,6 +4,7 @@ import ast
 import re
 import shlex
 
+import bench
 import pytest
 import rlhf
 from conftest import ROOT, replace_stages
@@ -47,7 +48,9 @@ def understand(command: str, monkeypatch) -> None:
         replace_stages(monkeypatch, stop)
         monkeypatch.setattr(fable, "make", stop)
         monkeypatch.setattr(prepare, "show", stop)
-        mains = {"rlhf": rlhf.main, "data/prepare": prepare.main, "data/label": parse_label}
+        monkeypatch.setattr(bench, "bench", stop)
+        mains = {"rlhf": rlhf.main, "data/prepare": prepare.main, "data/label": parse_label,
+                 "tests/bench": bench.main}
         with pytest.raises(Parsed):
             mains[script.removesuffix(".py")](rest)
 
@@ -71,7 +74,8 @@ def test_the_test_above_notices(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     understand("SMOKE=1 python rlhf.py ppo --kl_coef 0 --name x  # why", monkeypatch)
     understand("python data/prepare.py fable --show 20", monkeypatch)
-    for wrong in ("rlhf.py sft --lr 1", "rlhf.py dream", "data/label.py --k 3"):
+    understand("python tests/bench.py ppo --shape gpt2", monkeypatch)
+    for wrong in ("rlhf.py sft --lr 1", "tests/bench.py x", "rlhf.py dream", "data/label.py --k 3"):
         with pytest.raises(SystemExit):
             understand(f"python {wrong}", monkeypatch)
     with pytest.raises(AssertionError):
