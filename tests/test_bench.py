@@ -49,7 +49,7 @@ def test_table_and_json_agree_and_add_up(capsys):
 
 
 def check_rows(rows: dict[str, dict]) -> None:
-    """Counts are rates by seconds, phases add up to the iteration, the share is of the best rate."""
+    """Counts are rates by seconds, and phases add up to the iteration."""
     counts = {"decode": (4 * 5, "tokens/s"), "train": (2 * 7, "tokens/s"),
               "iteration": (4, "episodes/s")}
     for name, (count, unit) in counts.items():
