@@ -41,10 +41,11 @@ class KVCache:
     """
     def __init__(self, batch: int, length: int, device: torch.device):
         self.length, self.layers = length, {}  # layer -> keys, values, each (B, H, length, D)
+        self.width = length  # the columns that attention looks at: what is written so far, rounded
         self.position = torch.zeros(batch, dtype=torch.long, device=device)  # next column, by row
 
-    def update(self, layer: int, k: Tensor, v: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, H, T, D) from each row's position on; returns all `width` columns."""
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, H, T, D) from each row's position on; returns the first `width` columns."""
         if layer not in self.layers:
             shape = (*k.shape[:2], self.length, k.size(3))
             self.layers[layer] = k.new_zeros(shape), v.new_zeros(shape)
@@ -52,7 +53,7 @@ class KVCache:
         columns = self.position[:, None] + torch.arange(k.size(2), device=k.device)
         for cached, new in zip(self.layers[layer], (k, v)):
             cached[rows, :, columns] = new.transpose(1, 2)
-        return tuple(cached[:, :, :width] for cached in self.layers[layer])
+        return tuple(cached[:, :, : self.width] for cached in self.layers[layer])
 
     def keep(self, alive: Tensor) -> None:
         """Drop all other rows, so that a response that has ended costs nothing more."""
@@ -81,7 +82,7 @@ class Attention(nn.Module):
         heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if cache is not None:
-            k, v = cache.update(self.layer, k, v, mask.size(-1))
+            k, v = cache.update(self.layer, k, v)
         return self.c_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, C))
 
 class MLP(nn.Module):
@@ -128,7 +129,7 @@ class GPT(nn.Module):
         if cache is not None:
             position = cache.position[:, None] + position
         x = self.wte(tokens) + self.wpe(position.clamp(max=self.config.block_size - 1))
-        width = tokens.size(1) if cache is None else multiple(int(position.max()) + 1)
+        width = tokens.size(1) if cache is None else cache.width
         column = torch.arange(width, device=tokens.device)
         unseen = column > position[:, None, :, None]  # what stands to the right
         mask = torch.zeros_like(unseen, dtype=x.dtype).masked_fill(unseen, -torch.inf)
@@ -185,6 +186,23 @@ def sample(logits: Tensor, temperature: float = 1.0) -> Tensor:
     uniform = torch.rand(len(cdf), 1, device=cdf.device) * cdf[:, -1:]
     return (cdf <= uniform).sum(-1).clamp(max=logits.size(-1) - 1)
 
+def captured(step, token: Tensor):
+    """`step` as a CUDA graph: its hundreds of kernels, recorded once, cost one launch a replay."""
+    fixed, graph, side = token.clone(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # once for real, as libraries set themselves up on first use
+        step(fixed)
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        state = step(fixed)
+
+    def replay(token: Tensor) -> Tensor:
+        fixed.copy_(token)
+        graph.replay()
+        return state
+
+    return replay
+
 @torch.no_grad()
 def stream(model: GPT, prompts: list[list[int]], max_new_tokens: int, eos: int, temperature=1.0):
     """Decode step by step: yields the rows still going and the next token of each, EOS last."""
@@ -195,19 +213,30 @@ def stream(model: GPT, prompts: list[list[int]], max_new_tokens: int, eos: int, 
     rows = torch.arange(len(tokens), device=tokens.device)
     alive = torch.ones_like(rows, dtype=torch.bool)
     cache = KVCache(len(rows), multiple(tokens.size(1) + max_new_tokens), tokens.device)
+
+    def step(token: Tensor) -> Tensor:
+        return model.hidden(token[:, None], cache)[:, 0]
+
+    cache.width = tokens.size(1)
     state = model.hidden(tokens, cache)[rows, lens - 1]
-    cache.position = lens
-    for _ in range(max_new_tokens):
+    cache.position = lens.clone()
+    longest = int(lens.max())
+    for i in range(max_new_tokens):
         token = sample(model.unembed(state), temperature)
         yield rows[alive], token[alive]
         alive = alive & (token != eos)
-        if not alive.any():
+        if i + 1 == max_new_tokens or not alive.any():
             return
-        if alive.sum() <= 0.8 * len(alive):  # often enough to save work, but to copy little
-            cache.keep(alive)
-            rows, token, alive = rows[alive], token[alive], alive[alive]
-        state = model.hidden(token[:, None], cache)[:, 0]
-        cache.position = cache.position + 1
+        if token.is_cuda:  # a launch costs more than what rows that have ended or columns cost
+            cache.width = cache.length
+            step = captured(step, token) if i == 0 else step
+        else:
+            cache.width = multiple(longest + i + 1)
+            if alive.sum() <= 0.8 * len(alive):  # often enough to save work, but to copy little
+                cache.keep(alive)
+                rows, token, alive = rows[alive], token[alive], alive[alive]
+        state = step(token)
+        cache.position += 1
 
 def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, eos: int, temperature=1.0):
     """Complete every prompt, up to its EOS or max_new_tokens.

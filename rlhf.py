@@ -26,6 +26,7 @@ from token ids, serves SFT and PPO alike. Dropout is on in sft alone.
 import argparse
 import codecs
 import copy
+import ctypes
 import inspect
 import json
 import math
@@ -242,6 +243,26 @@ def ema_update(ema: torch.nn.Module, model: torch.nn.Module, decay: float) -> No
     for average, new in zip(ema.parameters(), model.parameters()):
         average.lerp_(new, 1 - decay)
 
+def memory_needed(trained: list, frozen: list, cfg: "Common") -> float:
+    """An estimate in GiB. A trained parameter takes 16 bytes (itself, gradient, Adam's averages), a
+    frozen one 4; a microbatch of rows as long as the context, s b h (34 + 5 a s / h) bytes a layer
+    in 16 bits (Korthikanti et al. 2022, section 4.1), and its logits, float32 and thrice."""
+    shape = trained[0].config
+    parameters = [sum(p.numel() for model in models for p in model.parameters())
+                  for models in (trained, frozen)]
+    tokens, half = cfg.microbatch_size * shape.block_size, 1 if cfg.dtype == "bfloat16" else 2
+    width = 34 * shape.n_embd + 5 * shape.n_head * shape.block_size
+    activations = tokens * (shape.n_layer * width * half + 12 * shape.vocab_size)
+    return (16 * parameters[0] + 4 * parameters[1] + activations) / 2**30
+
+def keep_freed_memory() -> None:
+    """glibc hands every large tensor back to the system when it is freed, and the next one costs
+    its page faults anew: have it keep them. Other systems have no such setting and need none."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks lie on the heap like small ones
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose free end is kept
+
 def checkpoint(cfg: "Common", name: str) -> Path:
     """A run's name means its checkpoint in --out; a name that ends in .pt is a path already."""
     return Path(name) if name.endswith(".pt") else Path(cfg.out) / f"{name}.pt"
@@ -273,7 +294,8 @@ def load(cfg: "Common", name: str, kind: type = GPT, dropout: float = 0.0) -> GP
 
 class Log:
     """A bar for the person, one JSON line a step in out/<name>/metrics.jsonl for the figures."""
-    def __init__(self, cfg: "Common", total: int):
+    def __init__(self, cfg: "Common", total: int, memory: float):
+        print(f"{cfg.name}: on {cfg.device} in {cfg.dtype}, some {memory:.1f} GiB beside torch's own")
         folder = Path(cfg.out) / cfg.name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "settings.json").write_text(json.dumps(vars(cfg), indent=1) + "\n")
@@ -380,7 +402,7 @@ def fit(model, batches: list, backward, cfg, warmup: float = 0, validate=lambda 
     returns further metrics, if that step has any.
     """
     optimizer, steps = adam(model), len(batches)
-    log = Log(cfg, steps)
+    log = Log(cfg, steps, memory_needed([model], [], cfg))
     for step, batch in enumerate(batches, 1):
         metrics = {"loss": backward(model, batch, cfg)}
         factor = min(cosine((step - 1) / steps), step / max(1, warmup * steps))
@@ -596,7 +618,9 @@ def ppo(cfg: PPO) -> None:
     tokenizer, data, rng = get_tokenizer(cfg.data), Path(cfg.data), np.random.default_rng(cfg.seed)
     policy, reward = load(cfg, cfg.init), load(cfg, cfg.reward_model, ScalarModel)
     models = Models(policy, *map(copy.deepcopy, (policy, reward, reward, policy)))
-    optimizers, log = (adam(policy), adam(models.value)), Log(cfg, cfg.iterations)
+    optimizers = adam(policy), adam(models.value)
+    memory = memory_needed([policy, models.value], [models.ref, models.reward, models.ema], cfg)
+    log = Log(cfg, cfg.iterations, memory)
     longest = policy.config.block_size - cfg.max_new_tokens
     prompts = read_rows(data / "prompts.jsonl", tokenizer, longest, "prompt")
     text = read_pretraining(data / "pretrain.txt", tokenizer) if cfg.ptx_coef else None
@@ -749,6 +773,7 @@ def run(stage, cfg: Common) -> None:
     if cfg.dtype == "auto":  # bfloat16 where the hardware multiplies it faster than float32
         fast = cfg.device == "cuda" or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
         cfg.dtype = "bfloat16" if fast else "float32"
+    keep_freed_memory()
     torch.manual_seed(cfg.seed)
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     half = cfg.dtype == "bfloat16"
