@@ -48,8 +48,8 @@ def fetch(url: str, path: Path, sha256: str | None = None, size: int | None = No
         partial.rename(path)
     except (OSError, ValueError, HTTPException) as error:
         raise UserError(
-            f"{url} could not be downloaded ({error or type(error).__name__}): what has arrived is "
-            f"kept, so run this again to go on, or put the file at {path} by hand"
+            f"{url} could not be downloaded ({str(error) or type(error).__name__}): run this again, "
+            f"which goes on where it stopped, or put the file at {path} by hand"
         ) from None
     return path
 
