@@ -47,9 +47,10 @@ def fetch(url: str, path: Path, sha256: str | None = None, size: int | None = No
         check(url, partial, sha256 or linked, size)
         partial.rename(path)
     except (OSError, ValueError, HTTPException) as error:
+        reason = str(error) or type(error).__name__
         raise UserError(
-            f"{url} could not be downloaded ({str(error) or type(error).__name__}): run this again, "
-            f"which goes on where it stopped, or put the file at {path} by hand"
+            f"{url} could not be downloaded ({reason}): run this again, which goes on where it "
+            f"stopped, or put the file at {path} by hand"
         ) from None
     return path
 
