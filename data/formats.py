@@ -22,21 +22,33 @@ import numpy as np
 import tiktoken
 
 EOT = "<|endoftext|>"  # GPT-2's only control token: parts documents, ends responses
+GPT2_RANKS = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 class UserError(Exception):
     """What one sentence explains to the user: printed without a traceback."""
 
 
 def get_tokenizer(data: str) -> tiktoken.Encoding:
-    """The data set's own vocabulary (a base64 token and its rank a line), or GPT-2's."""
+    """The data set's own vocabulary (a base64 token and its rank a line), or GPT-2's.
+
+    tiktoken downloads GPT-2's once, into $TIKTOKEN_CACHE_DIR or the folder for temporary files.
+    With no network, one file by hand does as well: GPT2_RANKS has the same tokens and ranks.
+    """
     path = Path(data) / "tokenizer.tiktoken"
     if not path.exists():
         try:
             return tiktoken.get_encoding("gpt2")
-        except OSError as error:
-            raise UserError(f"no {path}, and GPT-2's vocabulary not to be had: {error}") from None
-    lines = [line.split() for line in path.read_bytes().splitlines()]
-    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        except (OSError, ValueError):  # no network; not what was asked for
+            raise UserError(
+                f"GPT-2's vocabulary could not be downloaded: put {GPT2_RANKS} at {path} by hand"
+            ) from None
+    try:
+        lines = [line.split() for line in path.read_bytes().splitlines()]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not lines of a base64 token and its rank: {error}") from None
+    if sorted(ranks.values()) != list(range(len(lines))):
+        raise UserError(f"{path}: the ranks should be 0 to {len(lines) - 1}, each of them once")
     return tiktoken.Encoding(
         "own", pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)}
     )
