@@ -47,16 +47,10 @@ def understand(command: str, monkeypatch) -> None:
         replace_stages(monkeypatch, stop)
         monkeypatch.setattr(fable, "make", stop)
         monkeypatch.setattr(prepare, "show", stop)
-        mains = {"rlhf": rlhf.main, "data/prepare": prepare.main, "data/label": parse_label}
+        monkeypatch.setattr(label, "run", stop)
+        mains = {"rlhf": rlhf.main, "data/prepare": prepare.main, "data/label": label.main}
         with pytest.raises(Parsed):
             mains[script.removesuffix(".py")](rest)
-
-
-def parse_label(rest: list[str]) -> None:
-    parser = label.argparse.ArgumentParser(allow_abbrev=False)
-    rlhf.add_flags(parser, label.Label)
-    parser.parse_args(rest)
-    raise Parsed
 
 
 @needs_readme
