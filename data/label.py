@@ -124,7 +124,7 @@ def scripted(cfg: Label) -> None:
     """`label`, which writes its files anew, unless that would lose what people have ranked."""
     for path in Path(cfg.data).glob("comparisons*.jsonl"):  # the scripted rows have no "time"
         if ranked := path.read_bytes().count(b'"time": "'):
-            raise UserError(f"{path} holds {ranked} rankings by people or models: move it first")
+            raise UserError(f"{path} has rankings by people or models ({ranked}): move it first")
     label(cfg)
 
 
@@ -194,8 +194,8 @@ def agreement_table(rankings: list[dict], who: str = "") -> str:
     for two, own in [*((" and ".join(two), own) for two, own in sorted(common.items())), everybody]:
         pairs = list(chain(*own))
         share = f"{sum(pairs) / len(pairs):.1%}" if pairs else "-"
-        agreed = f"agree on {share} of {len(pairs)} pairs that neither ties"
-        lines.append(f"{two}: {agreed} ({len(own)} rankings)")
+        agreed = f"agree on {share} of {len(pairs)} untied pairs"
+        lines.append(f"{two}: {agreed}, rankings in common: {len(own)}")
     return "\n".join(lines) if common else "nobody else ranked the same completions"
 
 
