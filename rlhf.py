@@ -47,7 +47,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.formats import (
-    UserError, decode, get_tokenizer, gold_function, passages, read_demonstrations,
+    UserError, decode, get_tokenizer, gold_function, passages, printable, read_demonstrations,
     read_pretraining, read_rows, render,
 )
 from model import GPT, PRESETS, GPTConfig, ScalarModel, generate, multiple, pad_right, stream
@@ -750,8 +750,7 @@ def speak(policy: GPT, ids: list[int], tokenizer, cfg: Chat):
     decoder, eos = codecs.getincrementaldecoder("utf-8")("replace"), tokenizer.eot_token
     for _, token in stream(policy, [ids], cfg.max_new_tokens, eos, cfg.temperature):
         if token.item() != eos:
-            text = decoder.decode(tokenizer.decode_single_token_bytes(token.item()))
-            yield "".join(char for char in text if char.isprintable() or char == "\n")
+            yield printable(decoder.decode(tokenizer.decode_single_token_bytes(token.item())))
 
 DEVICES, DTYPES = ("auto", "cpu", "cuda", "mps"), ("auto", "bfloat16", "float32")
 

@@ -168,6 +168,14 @@ def decode(tokenizer, ids: list[int]) -> str:
     return tokenizer.decode([i for i in ids if i != tokenizer.eot_token])
 
 
+def printable(text: str) -> str:
+    """What a terminal may be shown of text that a model or a stranger wrote: what can be seen, and
+    newlines. Tabs, carriage returns and odd spaces become a space; what else could move the cursor,
+    change a title or turn the direction of writing is left out."""
+    shown = (c if c.isprintable() or c == "\n" else " " if c.isspace() else "" for c in text)
+    return "".join(shown)
+
+
 def gold_function(rows: list[dict], file: str) -> Callable | None:
     """gold(row, completion) -> {axis: score} of a file; None for rows without the field "wants"."""
     path = Path(__file__).parent.parent / file

@@ -4,22 +4,28 @@ The fable's labelers are scripted: five rank for training; on the held-out promp
 the reward model never learns from, rank as well. One row a ranking:
 
     {"prompt": str, "completions": [str, ...], "ranks": [int, ...], "labeler": str}    0 = best
+
+--by NAME has a person rank in the terminal, --by out/rm.pt a reward model (RLAIF); a person may
+also --write demonstrations or compare two models --blind: people.py.
 """
 
 import argparse
 import json
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from random import Random
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # `python data/label.py` is to find rlhf.py
-from data import fable  # noqa: E402
+from data import answers, fable, people  # noqa: E402
+from data.formats import gold_function, printable  # noqa: E402
+from model import ScalarModel  # noqa: E402
 from rlhf import Common, UserError, add_flags, complete, decode, get_tokenizer, load  # noqa: E402
-from rlhf import read_rows, responses, run  # noqa: E402
+from rlhf import read_rows, responses, run, score_rows  # noqa: E402
 
 
 @dataclass
@@ -27,6 +33,9 @@ class Label(Common):
     models: str = "sft,sft,sft,sft,gpt"  # each completion is by one of these, drawn by chance
     k_min: int = 4  # fewest completions a prompt (paper: 4)
     k_max: int = 9  # most (paper: 9)
+    by: str = "scripted"  # who ranks: scripted (the fable), a person's name, a reward model's .pt
+    prompts: str = ""  # file of prompts for a person or a model; if it has completions, of those
+    to: str = ""  # file that answers are added to; else the one that the stages read, in --data
 
 
 def label(cfg: Label) -> None:
@@ -85,13 +94,18 @@ def agreement(rankings: list[dict]) -> float:
     for ranking in rankings:
         answers = (ranking["prompt"], *ranking["completions"])
         same_answers.setdefault(answers, []).append(ranking["ranks"])
-    same = untied = 0
+    pairs = []
     for ranks in same_answers.values():
         for one, other in combinations(ranks, 2):
-            for i, j in combinations(range(len(one)), 2):
-                product = (one[i] - one[j]) * (other[i] - other[j])
-                same, untied = same + (product > 0), untied + (product != 0)
-    return same / max(1, untied)
+            pairs += untied_pairs(one, other)
+    return sum(pairs) / max(1, len(pairs))
+
+
+def untied_pairs(one: list[int], other: list[int]) -> list[bool]:
+    """For each pair that neither ranking ties: whether both put it in the same order."""
+    places = combinations(range(len(one)), 2)
+    products = [(one[i] - one[j]) * (other[i] - other[j]) for i, j in places]
+    return [product > 0 for product in products if product]
 
 
 def describe_agreement(rankings: list[dict]) -> str:
@@ -103,7 +117,116 @@ def describe_agreement(rankings: list[dict]) -> str:
     )
 
 
-if __name__ == "__main__":
+# ---- A model or a person ranks -------------------------------------------------------------------
+
+
+def scripted(cfg: Label) -> None:
+    """`label`, which writes its files anew, unless that would lose what people have ranked."""
+    for path in Path(cfg.data).glob("comparisons*.jsonl"):  # the scripted rows have no "time"
+        if ranked := path.read_bytes().count(b'"time": "'):
+            raise UserError(f"{path} has rankings by people or models ({ranked}): move it first")
+    label(cfg)
+
+
+def rank_by_model(cfg: Label) -> None:
+    """A reward model ranks in a person's place, by score (RLAIF); says whether others agree."""
+    tokenizer, judge = get_tokenizer(cfg.data), load(cfg, cfg.by, ScalarModel)
+    path, rows, models = people.read_questions(cfg, tokenizer, "rm_prompts", "prompts")
+    to = people.answers_file(cfg, path, "comparisons")
+    rankings = [row for row in rows if "labeler" in row]
+    rows = answers.distinct(rows)
+    if models:
+        sampled = sample_completions(models, rows, tokenizer, Random(cfg.seed), cfg)
+        rows = [{**row, "completions": own} for row, own in zip(rows, sampled)]
+    gold = gold_function(rows, cfg.gold)
+    own = {"labeler": cfg.by, "time": answers.now()}
+    own |= {"models": people.names(cfg)} if models else {}
+    added = []
+    for row in rows:
+        ranking = {"prompt": row["prompt"], "completions": row["completions"]}
+        if scores := score_completions(judge, row, tokenizer, cfg):
+            added.append({**ranking, "ranks": ranks_of(scores), **own})
+        if gold:
+            scores = [sum(gold(row, text).values()) for text in row["completions"]]
+            rankings.append({**ranking, "ranks": ranks_of(scores), "labeler": "gold"})
+    rankings += answers.add_rankings(to, added)
+    left_out = len(rows) - len(added)
+    print(f"{to}: {len(added)} rankings by {cfg.by}, {left_out} left out, over its context")
+    print(agreement_table(rankings + added, cfg.by))
+
+
+def score_completions(judge: ScalarModel, row: dict, tokenizer, cfg: Label) -> list[float]:
+    """The score of each completion, the same for the same text; [] if one is over the context."""
+    texts = dict.fromkeys(row["completions"])
+    ids = [tokenizer.encode_ordinary(text) + [tokenizer.eot_token] for text in texts]
+    ids = [row["prompt_ids"] + own for own in ids]
+    if max(map(len, ids)) > judge.config.block_size:
+        return []
+    scores = dict(zip(texts, score_rows(judge, ids, cfg).tolist()))
+    return [scores[text] for text in row["completions"]]
+
+
+def ranks_of(scores: list[float]) -> list[int]:
+    """0 for the highest score; equals share a rank."""
+    order = sorted(set(scores), reverse=True)
+    return [order.index(score) for score in scores]
+
+
+def agree(cfg: Label) -> None:
+    """Print how far the labelers of --agreement's file agree, two by two and all together."""
+    rows = answers.read_lines(Path(cfg.prompts), *people.RANKING)
+    print(agreement_table([row for _, row in rows]))
+
+
+def agreement_table(rankings: list[dict], who: str = "") -> str:
+    """A line for each two labelers (of whom one is `who`) that ranked the same completions."""
+    ranked: dict[tuple, dict[str, list]] = {}
+    for row in rankings:
+        by = ranked.setdefault((row["prompt"], *row["completions"]), {})
+        by[printable(str(row.get("labeler", "nobody")))] = row["ranks"]
+    common: dict[tuple, list] = {}
+    for by in ranked.values():
+        for two in combinations(sorted(by), 2):
+            if not who or printable(who) in two:
+                common.setdefault(two, []).append(untied_pairs(*map(by.get, two)))
+    everybody = "all", list(chain(*common.values()))
+    lines = []
+    for two, own in [*((" and ".join(two), own) for two, own in sorted(common.items())), everybody]:
+        pairs = list(chain(*own))
+        share = f"{sum(pairs) / len(pairs):.1%}" if pairs else "-"
+        agreed = f"agree on {share} of {len(pairs)} untied pairs"
+        lines.append(f"{two}: {agreed}, rankings in common: {len(own)}")
+    return "\n".join(lines) if common else "nobody else ranked the same completions"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """python data/label.py [--by WHO] [--write | --blind A B | --agreement FILE] --flag value"""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add_flags(parser, Label)
-    run(label, Label(**vars(parser.parse_args())))
+    tasks = parser.add_mutually_exclusive_group()
+    tasks.add_argument("--write", action="store_true", help="a person writes demonstrations")
+    tasks.add_argument("--blind", nargs=2, metavar="MODEL", help="a person says which is better")
+    tasks.add_argument("--agreement", metavar="FILE", help="how far the labelers of a file agree")
+    flags = vars(parser.parse_args(argv))
+    write, two, file = (flags.pop(name) for name in ("write", "blind", "agreement"))
+    cfg = Label(**flags)
+    if write:
+        stage = people.write
+    elif two:
+        stage, cfg.models = people.blind, ",".join(two)
+    elif file:
+        stage, cfg.prompts = agree, file
+    elif cfg.by == "scripted":
+        stage = scripted
+    else:
+        stage = rank_by_model if cfg.by.endswith(".pt") else people.rank
+    run(stage, cfg)
+
+
+if __name__ == "__main__":
+    for stream in filter(None, (sys.stdin, sys.stdout)):
+        stream.reconfigure(errors="replace")  # a stray byte is no reason to stop
+    if sys.stdin and sys.stdin.isatty():
+        with suppress(ImportError):
+            import readline  # noqa: F401  the arrow keys edit the line
+    main()

@@ -926,7 +926,8 @@ def test_every_setting_is_explained_and_used(kind):
     parser = argparse.ArgumentParser()
     rlhf.add_flags(parser, kind)
     texts = {action.dest: action.help for action in parser._actions if action.dest != "help"}
-    source = (ROOT / "rlhf.py").read_text() + (ROOT / "data/label.py").read_text()
+    files = "rlhf.py", "data/label.py", "data/people.py"
+    source = "".join((ROOT / file).read_text() for file in files)
     for name in kind.__dataclass_fields__:
         assert len(texts[name].split(" [")[0]) > 8, name
         assert f"cfg.{name}" in source, name

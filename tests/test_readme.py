@@ -8,7 +8,7 @@ import bench
 import pytest
 import rlhf
 from conftest import ROOT, replace_stages
-from data import fable, label, prepare
+from data import fable, gpt2, label, prepare
 
 README = ROOT / "README.md"
 TEXT = README.read_text(encoding="utf-8") if README.exists() else ""
@@ -49,17 +49,13 @@ def understand(command: str, monkeypatch) -> None:
         monkeypatch.setattr(fable, "make", stop)
         monkeypatch.setattr(prepare, "show", stop)
         monkeypatch.setattr(bench, "bench", stop)
-        mains = {"rlhf": rlhf.main, "data/prepare": prepare.main, "data/label": parse_label,
-                 "tests/bench": bench.main}
+        monkeypatch.setattr(label, "run", stop)
+        monkeypatch.setattr(gpt2, "load_command", stop)
+        monkeypatch.setattr(gpt2, "save_command", stop)
+        mains = {"rlhf": rlhf.main, "data/prepare": prepare.main, "data/label": label.main,
+                 "data/gpt2": gpt2.main, "tests/bench": bench.main}
         with pytest.raises(Parsed):
             mains[script.removesuffix(".py")](rest)
-
-
-def parse_label(rest: list[str]) -> None:
-    parser = label.argparse.ArgumentParser(allow_abbrev=False)
-    rlhf.add_flags(parser, label.Label)
-    parser.parse_args(rest)
-    raise Parsed
 
 
 @needs_readme
