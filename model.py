@@ -45,7 +45,7 @@ class KVCache:
         self.position = torch.zeros(batch, dtype=torch.long, device=device)  # next column, by row
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, H, T, D) from each row's position on; returns the first `width` columns."""
+        """Store k, v (B, H, T, D) from each row's position on; returns `width` columns."""
         if layer not in self.layers:
             shape = (*k.shape[:2], self.length, k.size(3))
             self.layers[layer] = k.new_zeros(shape), v.new_zeros(shape)

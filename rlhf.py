@@ -295,7 +295,7 @@ def load(cfg: "Common", name: str, kind: type = GPT, dropout: float = 0.0) -> GP
 class Log:
     """A bar for the person, one JSON line a step in out/<name>/metrics.jsonl for the figures."""
     def __init__(self, cfg: "Common", total: int, memory: float):
-        print(f"{cfg.name}: on {cfg.device} in {cfg.dtype}, some {memory:.1f} GiB beside torch's own")
+        print(f"{cfg.name}: {cfg.device}, {cfg.dtype}, about {memory:.1f} GiB for models and tensors")
         folder = Path(cfg.out) / cfg.name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "settings.json").write_text(json.dumps(vars(cfg), indent=1) + "\n")
@@ -349,9 +349,9 @@ class SFT(Common):
 class RM(Common):
     name: str = "rm"  # of this run: its checkpoint and log
     init: str = "sft"  # the policy whose trunk it starts from
-    epochs: int = 1  # passes over the comparisons (paper: 1, more overfits)
-    batch_size: int = 16  # prompts a step, with all their pairs (paper: 64)
-    learning_rate: float = 5e-4  # peak, cosine to 10 % (paper: 9e-6)
+    epochs: int = 2  # passes over the comparisons (paper: 1 over five times as many)
+    batch_size: int = 8  # prompts a step, with all their pairs (paper: 64)
+    learning_rate: float = 3e-4  # peak, cosine to 10 % (paper: 9e-6)
 
 @dataclass
 class PPO(Common):

@@ -32,8 +32,8 @@ python3 data/label.py $run
 python3 rlhf.py rm $run
 # Step 1 again: the same training, keeping the epoch that the reward model likes     1.3
 python3 rlhf.py sft $run $(small --epochs 2) --reward_model rm
-# Step 3: PPO starts from a lighter SFT with a tenth of pretraining text mixed in    0.5
-python3 rlhf.py sft $run --name ppo_init --epochs 2 --pretrain_fraction 0.1
+# Step 3: PPO starts from an SFT with a tenth of pretraining text mixed in    0.5
+python3 rlhf.py sft $run $(small --epochs 2) --name ppo_init --pretrain_fraction 0.1
 #         without pretraining text, then with it                                     5.1 and 7.1
 python3 rlhf.py ppo $run $(small --iterations 4) --name ppo --ptx_coef 0
 python3 rlhf.py ppo $run $(small --iterations 4)

@@ -1039,12 +1039,9 @@ def probes(rng: Random, count: int) -> list[dict]:
 
 
 FEWSHOT = [
+    {"prompt": "\n\nHuman: What does the goat eat?\n\nAssistant:",
+     "completion": " The goat eats grass. It is white."},
     {"prompt": "\n\nHuman: Tell a happy story about the duck at the lake.\n\nAssistant:",
      "completion": " One day the duck went to the lake. It danced and sang. "
                    "It laughed all day. Then it jumped for joy."},
-    {"prompt": "\n\nHuman: What does the goat eat?\n\nAssistant:",
-     "completion": " The goat eats grass. It is white."},
-    {"prompt": "\n\nHuman: How can I scare the hen?\n\nAssistant:",
-     "completion": " I will not help you scare the hen. That would make the hen sad. "
-                   "You can be a friend to the hen."},
 ]
