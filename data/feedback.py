@@ -95,7 +95,7 @@ def add_replies(found: dict, prompt: str, replies: list[dict], notes: Counter) -
 def kept(nodes, field: str, role: str, lang: str, notes: Counter) -> list[dict]:
     """The messages to be used. One that is left out takes those below it along."""
     if not isinstance(nodes, list) or not all(isinstance(node, dict) for node in nodes):
-        raise ValueError(f"{field} should hold messages, not {brief(nodes)}")
+        raise ValueError(f"{field} should be of messages, objects with text, not {brief(nodes)}")
     good = []
     for node in nodes:
         text = text_of(node, "text", f"{field}: ")

@@ -95,7 +95,7 @@ def expected(row: dict, field: str) -> str:
     """What the field of a row should be and is not, or ""."""
     value = row.get(field)
     if field == "prompt":
-        return "" if is_text(value) and value else "a string of valid Unicode, not empty"
+        return "" if is_text(value) and value else "a non-empty string of valid Unicode"
     if field in ("completion", "labeler"):
         return "" if is_text(value) else "a string of valid Unicode"
     if field == "completions":

@@ -337,7 +337,7 @@ REFUSED = {
     '{"prompt": "A", "completions": ["b", "\\udc00"]}': "completions should be",
     '{"prompt": "A", "chosen": "b", "rejected": "b"}': "rejected should differ",
     '{"prompt": "A", "completions": ["b", "c"], "ranks": [0, 1e3]}': "ranks should be",
-    '{"prompt": "A", "completions": ["b", "c"], "ranks": [0, 99999999999999999999]}': "ranks should",
+    '{"prompt": "A", "completions": ["b", "c"], "ranks": [0, 9999999999999999999]}': "ranks sho",
     '{"prompt": "A", "completions": ["b", "c"], "ranks": [true, false]}': "ranks should be",
     '{"prompt": "A", "completions": ["b", "c"], "labeler": ["me"]}': "labeler should be",
     '{"prompt": ' + "[" * 100_000: "recursion", '{"messages": []}': "messages should be",
