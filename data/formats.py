@@ -13,17 +13,25 @@ that says where. Text is encoded as ordinary text: none can forge a control toke
 """
 
 import base64
-import json
+import codecs
+import gzip
+import re
 import runpy
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
+from data.rows import canonical, check, parse, render  # noqa: F401, for whoever reads rows
+
 EOT = "<|endoftext|>"  # GPT-2's only control token: parts documents, ends responses
 GPT2_RANKS = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+BLANKS = re.compile(r"(\s{500000})")  # in a row: tiktoken breaks down at a million of them
+
+
 class UserError(Exception):
     """What one sentence explains to the user: printed without a traceback."""
 
@@ -43,46 +51,49 @@ def get_tokenizer(data: str) -> tiktoken.Encoding:
                 f"GPT-2's vocabulary could not be downloaded: put {GPT2_RANKS} at {path} by hand"
             ) from None
     try:
-        lines = [line.split() for line in path.read_bytes().splitlines()]
+        lines = [line.split() for line in read_bytes(path).splitlines()]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not lines of a base64 token and its rank: {error}") from None
-    if sorted(ranks.values()) != list(range(len(lines))):
-        raise UserError(f"{path}: the ranks should be 0 to {len(lines) - 1}, each of them once")
+        if sorted(ranks.values()) != [*range(len(lines))] or sum(len(x) == 1 for x in ranks) < 256:
+            raise ValueError
+    except ValueError:
+        sentence = "each line should be a token in base64 and its rank, all 256 bytes among them"
+        raise UserError(f"{path}: {sentence}") from None
     return tiktoken.Encoding(
         "own", pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)}
     )
 
 
-def render(messages: list[dict]) -> str:
-    """[{"role", "content"}] -> a dialogue as in Anthropic's data, open for the assistant's turn."""
-    names = {"system": "System", "user": "Human", "assistant": "Assistant"}
-    turns = [f"\n\n{names[message['role']]}: {message['content']}" for message in messages]
-    return "".join(turns) + "\n\nAssistant:"
+def encode(tokenizer: tiktoken.Encoding, text: str) -> list[int]:
+    """Ids of ordinary text, whatever stands in it."""
+    return [i for part in BLANKS.split(text) for i in tokenizer.encode_ordinary(part)]
 
 
-def canonical(row: dict) -> dict:
-    """`messages` for `prompt`, `chosen` and `rejected` for `completions`; `ranks`: best first."""
-    if "messages" in row:
-        row.setdefault("prompt", render(row["messages"]))
-    if "chosen" in row:
-        row.setdefault("completions", [row["chosen"], row["rejected"]])
-    if "completions" in row:
-        row.setdefault("ranks", list(range(len(row["completions"]))))
-    return row
+def read_bytes(path: Path) -> bytes:
+    """The content: unpacked, where it is gzipped, and without a byte-order mark."""
+    try:
+        content = path.read_bytes()
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read: {reason}") from None
+    return content.removeprefix(codecs.BOM_UTF8)
 
 
-def expected(row: dict, field: str) -> str:
-    """What the field of a row should be and is not, or ""."""
-    value = row.get(field)
-    if field in ("prompt", "completion"):
-        return "" if isinstance(value, str) else "a string"
-    if field == "completions":
-        strings = isinstance(value, list) and value and all(isinstance(x, str) for x in value)
-        return "" if strings else "a list of strings"
-    numbers = isinstance(value, list) and all(type(x) is int for x in value)
-    one_each = numbers and len(value) == len(row["completions"])
-    return "" if one_each else "a list of whole numbers, one for each completion"
+def read_text(path: Path) -> str:
+    content = read_bytes(path)
+    try:
+        return content.decode().replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: should be UTF-8, is not: {error.reason}") from None
+
+
+def numbered(path: Path) -> Iterator[tuple[str, bytes]]:
+    """("file, line N", line) of every line that is not blank."""
+    for i, line in enumerate(read_bytes(path).split(b"\n"), 1):
+        if line.strip():
+            yield f"{path}, line {i}", line
 
 
 def read_rows(path: Path, tokenizer: tiktoken.Encoding, longest: int, *required: str) -> list[dict]:
@@ -92,13 +103,9 @@ def read_rows(path: Path, tokenizer: tiktoken.Encoding, longest: int, *required:
     over. Rows over `longest` tokens are left out, as in the paper (C.4). Raises UserError with
     file, line and field.
     """
-    lines = read_text(path).removesuffix("\n").split("\n")
-    rows = [read_row(line, f"{path}, line {i}", required) for i, line in enumerate(lines, 1)]
+    rows = [read_row(line, where, required) for where, line in numbered(path)]
     for row in rows:
-        row["prompt_ids"] = tokenizer.encode_ordinary(row["prompt"])
-        answers = row.get("completions") or ([row["completion"]] if "completion" in row else [])
-        answers = [tokenizer.encode_ordinary(text) + [tokenizer.eot_token] for text in answers]
-        row["ids"] = [row["prompt_ids"] + ids for ids in answers]
+        row["prompt_ids"], row["ids"] = row_ids(row, tokenizer)
     fitting = [row for row in rows if max(map(len, [row["prompt_ids"], *row["ids"]])) <= longest]
     if len(fitting) < len(rows):
         left_out = len(rows) - len(fitting)
@@ -108,20 +115,21 @@ def read_rows(path: Path, tokenizer: tiktoken.Encoding, longest: int, *required:
     return fitting
 
 
-def read_row(line: str, where: str, required: tuple[str, ...]) -> dict:
+def read_row(line: bytes, where: str, required: tuple[str, ...]) -> dict:
     """One row in the fields' usual names, or a UserError that says where and what is wrong."""
     try:
-        row = json.loads(line)
-        if not isinstance(row, dict):
-            raise TypeError("not an object")
-        row = canonical(row)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{where}: no row of a known format, {error!r}") from None
-    for field in required:
-        if should := expected(row, field):
-            found = json.dumps(row.get(field))[:60]
-            raise UserError(f"{where}: {field} should be {should}, not {found}")
+        row = canonical(parse(line))
+        check(row, *required)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: {error}") from None
     return row
+
+
+def row_ids(row: dict, tokenizer: tiktoken.Encoding) -> tuple[list[int], list[list[int]]]:
+    """Of the prompt, and of the prompt with each completion and EOS."""
+    prompt = encode(tokenizer, row["prompt"])
+    texts = row.get("completions") or ([row["completion"]] if "completion" in row else [])
+    return prompt, [prompt + encode(tokenizer, text) + [tokenizer.eot_token] for text in texts]
 
 
 def read_demonstrations(path: Path, tokenizer, longest: int) -> list[tuple[list[int], int]]:
@@ -130,24 +138,32 @@ def read_demonstrations(path: Path, tokenizer, longest: int) -> list[tuple[list[
     return [(row["ids"][0], len(row["prompt_ids"])) for row in rows]
 
 
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-
-
 def read_pretraining(path: Path, tokenizer: tiktoken.Encoding) -> list[np.ndarray]:
     """The ids of each document, EOS at its end; tokenised once, then kept beside the text."""
-    cache, eos = path.with_suffix(".npy"), tokenizer.eot_token
-    if not cache.exists() or cache.stat().st_mtime < path.stat().st_mtime:
-        texts = [text for text in read_text(path).split(EOT) if text]
-        dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
-        encoded = tokenizer.encode_ordinary_batch(texts)
-        np.save(cache, np.concatenate([np.array([*ids, eos], dtype) for ids in encoded]))
-    ids = np.asarray(np.load(cache, mmap_mode="r"))
+    cache, eos = path.with_suffix(f".{tokenizer.n_vocab}.npy"), tokenizer.eot_token
+    sources = [file for file in (path, path.with_name("tokenizer.tiktoken")) if file.exists()]
+    newest = max((file.stat().st_mtime for file in sources), default=0)
+    try:
+        if not path.exists() or not cache.exists() or cache.stat().st_mtime < newest:
+            write_ids(cache, path, tokenizer)
+        ids = np.asarray(np.load(cache, mmap_mode="r"))
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"{cache}, the tokens of {path.name}, cannot be kept: {error}") from None
     ends = np.flatnonzero(ids == eos) + 1
     return [ids[start:end] for start, end in zip([0, *ends], ends)]
+
+
+def write_ids(cache: Path, path: Path, tokenizer: tiktoken.Encoding) -> None:
+    """Under another name first, so that half a file is never taken for the whole."""
+    texts = [text for text in read_text(path).split(EOT) if text]
+    if not texts:
+        raise UserError(f"{path} has no text")
+    dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
+    encoded = (encode(tokenizer, text) for text in texts)
+    ids = np.concatenate([np.array([*ids, tokenizer.eot_token], dtype) for ids in encoded])
+    with open(cache.with_suffix(".partial"), "wb") as file:
+        np.save(file, ids)
+    cache.with_suffix(".partial").replace(cache)
 
 
 def passages(documents: list, count: int, longest: int, rng: np.random.Generator) -> list[tuple]:

@@ -1,16 +1,22 @@
-"""The made-up world: what is written, who ranks it, and what the gold score knows."""
+"""The made-up world: what is written, who ranks it, what the gold score knows; odd input."""
 
 import base64
+import gzip
 import itertools
 import json
+import os
+import shutil
 from collections import Counter
 from random import Random
 
+import numpy as np
 import pytest
 import regex
 import tiktoken
 from data import fable, label, prepare
-from data.formats import EOT, GPT2_SPLIT
+from data.formats import (
+    EOT, GPT2_SPLIT, UserError, encode, get_tokenizer, read_pretraining, read_rows,
+)
 
 import rlhf
 
@@ -292,3 +298,142 @@ def test_gold_is_found_by_its_file(tmp_path):
     gold = rlhf.gold_function([{"prompt": "A", "wants": {}}], str(tmp_path / "own.py"))
     assert gold({}, "four") == {"length": 4}
     assert rlhf.gold_function([{"prompt": "A"}], str(tmp_path / "own.py")) is None
+
+
+# ---- text from strangers -----------------------------------------------------------------------
+
+def rows_from(path, content: bytes, tokenizer, *required: str) -> list[dict]:
+    path.write_bytes(content)
+    return read_rows(path, tokenizer, 100, *(required or ("prompt",)))
+
+
+HANDLED = {
+    "byte-order mark, Windows line ends":
+        (b'\xef\xbb\xbf{"prompt": "A"}\r\n{"prompt": "B"}\r\n', "AB"),
+    "blank lines, none at the end": (b'\n{"prompt": "A"}\n \n\n{"prompt": "B"}', "AB"),
+    "gzipped": (gzip.compress(b'{"prompt": "A"}\n{"prompt": "B"}\n'), "AB"),
+    "NUL": (b'{"prompt": "A\\u0000B"}', ["A\0B"]),
+    "a pair of surrogates": (b'{"prompt": "\\ud83e\\udd89"}', ["\U0001f989"]),
+    "a line of a megabyte": (b'{"prompt": "A", "x": "' + b"y" * 2**20 + b'"}', "A"),
+    "over the context, by a megabyte":
+        (b'{"prompt": "' + b" " * 2**20 + b'z"}\n{"prompt": "A"}', "A"),
+}
+
+
+@pytest.mark.parametrize("name", HANDLED)
+def test_odd_files_are_read(name, tmp_path, tokenizer):
+    content, prompts = HANDLED[name]
+    rows = rows_from(tmp_path / "rows.jsonl", content, tokenizer)
+    assert [row["prompt"] for row in rows] == list(prompts)
+    assert tokenizer.decode(rows[0]["prompt_ids"]) == rows[0]["prompt"]
+
+
+REFUSED = {
+    '{"prompt": "A", "prompt": "B"}': '"prompt" should stand there once',
+    '{"prompt": "A", "x": NaN}': "finite, not NaN", '{"prompt": "A\0"}': "not JSON",
+    '{"prompt": ""}': "prompt should be", '{"prompt": "\\ud800"}': "prompt should be",
+    '{"prompt": "A", "completion": 5}': "completion should be",
+    '{"prompt": "A", "completions": ["b"]}': "completions should be",
+    '{"prompt": "A", "completions": ["b", "\\udc00"]}': "completions should be",
+    '{"prompt": "A", "chosen": "b", "rejected": "b"}': "rejected should differ",
+    '{"prompt": "A", "completions": ["b", "c"], "ranks": [0, 1e3]}': "ranks should be",
+    '{"prompt": "A", "completions": ["b", "c"], "ranks": [0, 9999999999999999999]}': "ranks sho",
+    '{"prompt": "A", "completions": ["b", "c"], "ranks": [true, false]}': "ranks should be",
+    '{"prompt": "A", "completions": ["b", "c"], "labeler": ["me"]}': "labeler should be",
+    '{"prompt": ' + "[" * 100_000: "recursion", '{"messages": []}': "messages should be",
+    '{"prompt": "\x1b[2J", "completion": "\x1b[2J"}': "not JSON",
+    '{"\\u001b[2J": 1}': "prompt should be",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED, ids=REFUSED.values())
+def test_odd_lines_are_refused_by_file_line_and_field(line, tmp_path, tokenizer):
+    """In one short line, which carries no control characters to the terminal."""
+    path = tmp_path / "rows.jsonl"
+    with pytest.raises(UserError) as error:
+        rows_from(path, b'{"prompt": "A"}\n' + line.encode() + b"\n", tokenizer)
+    sentence = str(error.value)
+    assert sentence.startswith(f"{path}, line 2: ") and REFUSED[line] in sentence
+    assert sentence.isprintable() and len(sentence) < 400
+
+
+def test_messages_stand_for_the_prompt_everywhere(tmp_path, tokenizer):
+    """Their last word is the completion, if it is the assistant's and there is no other."""
+    user, answer = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+    prompt, path = "\n\nHuman: Q\n\nAssistant:", tmp_path / "rows.jsonl"
+
+    def read(row, *required):
+        return rows_from(path, json.dumps(row).encode(), tokenizer, *required)[0]
+
+    assert read({"messages": [user]}, "prompt")["prompt"] == prompt
+    row = read({"messages": [user, answer]}, "prompt", "completion")
+    assert (row["prompt"], row["completion"]) == (prompt, " A")
+    row = read({"messages": [user], "completion": " B"}, "prompt", "completion")
+    assert (row["prompt"], row["completion"]) == (prompt, " B")
+    row = read({"messages": [user], "completions": ["b", "c"]}, "prompt", "completions", "ranks")
+    assert (row["prompt"], row["ranks"]) == (prompt, [0, 1])
+
+
+def test_a_completion_may_fill_the_context_but_not_overflow_it(tmp_path, tokenizer, capsys):
+    """EOS counts; all tied is allowed, and left to the loss to skip."""
+    row = {"prompt": "A", "completions": ["b", " c d"], "ranks": [1, 1]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    needs = len(tokenizer.encode_ordinary("A")) + len(tokenizer.encode_ordinary(" c d")) + 1
+    (found,) = read_rows(path, tokenizer, needs, "prompt", "completions", "ranks")
+    assert len(found["ids"][1]) == needs and found["ranks"] == [1, 1]
+    with pytest.raises(UserError, match="no row of at most"):
+        read_rows(path, tokenizer, needs - 1, "prompt", "completions", "ranks")
+    assert "1 of 1 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", [" " * 1_200_000 + "a", "\n" * 1_000_000, " \n" * 700_000 + "b"])
+def test_a_million_blanks_are_encoded(text, tokenizer):
+    assert tokenizer.decode(encode(tokenizer, text)) == text
+
+
+def test_pretraining_text_of_strangers(tmp_path, tokenizer):
+    """Windows line ends become plain ones, other bytes stay, what is not text is refused."""
+    path = tmp_path / "pretrain.txt"
+    path.write_bytes(b"\xef\xbb\xbfThe\r\n\0goat.<|endoftext|>\xf0\x9f\xa6\x89 <|endoftext|>")
+    texts = [tokenizer.decode(ids.tolist()) for ids in read_pretraining(path, tokenizer)]
+    assert texts == [f"The\n\0goat.{EOT}", f"\U0001f989 {EOT}"]
+    for content, named in ((b"a\nb\xff", "line 2: should be UTF-8"), (b"", "has no text"),
+                           (gzip.compress(b"a" * 999)[:-9], "ended before")):
+        path.write_bytes(content)
+        os.utime(path, (4e9, 4e9))
+        with pytest.raises(UserError, match=named):
+            read_pretraining(path, tokenizer)
+    path.unlink()
+    with pytest.raises(UserError, match="pretrain.txt cannot be read"):
+        read_pretraining(path, tokenizer)
+
+
+def test_kept_tokens_are_those_of_this_text_and_vocabulary(tmp_path, tiny_data, tokenizer):
+    """Another vocabulary beside the text has them made anew; a damaged file is named."""
+    path = tmp_path / "pretrain.txt"
+    path.write_text(f"The goat.{EOT}")
+    shutil.copy(tiny_data / "tokenizer.tiktoken", tmp_path)
+    read_pretraining(path, tokenizer)
+    (kept,) = tmp_path.glob("*.npy")
+    ids = tokenizer.encode_ordinary(" hen") + [tokenizer.eot_token]
+    np.save(kept, np.array(ids, np.uint16))
+    assert read_pretraining(path, tokenizer)[0].tolist() == ids
+    os.utime(tmp_path / "tokenizer.tiktoken", (4e9, 4e9))
+    assert tokenizer.decode(read_pretraining(path, tokenizer)[0].tolist()) == f"The goat.{EOT}"
+    kept.write_bytes(kept.read_bytes()[:-1])
+    os.utime(kept, (5e9, 5e9))
+    with pytest.raises(UserError, match=kept.name):
+        read_pretraining(path, tokenizer)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("change", [
+    lambda lines: lines[:-2] + ["?? 1022"], lambda lines: lines[1:], lambda lines: lines[:100],
+    lambda lines: lines + [lines[5]], lambda lines: lines + ["QUJD x"], lambda lines: ["QUJD"],
+    lambda lines: lines + ["QUJDREVG 9999"]])
+def test_a_damaged_vocabulary_is_named(change, tmp_path, tiny_data):
+    lines = (tiny_data / "tokenizer.tiktoken").read_text().splitlines()
+    (tmp_path / "tokenizer.tiktoken").write_text("\n".join(change(lines)))
+    with pytest.raises(UserError, match="tokenizer.tiktoken: each line should be"):
+        get_tokenizer(str(tmp_path))
