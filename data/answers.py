@@ -14,7 +14,8 @@ from data.formats import UserError, read_row, read_text
 def read_lines(path: Path, *fields: str) -> list[tuple[str, dict]]:
     """Each line of the file, raw and as `read_row` has it."""
     lines = read_text(path).removesuffix("\n").split("\n")
-    return [(line, read_row(line, f"{path}, line {i}", fields)) for i, line in enumerate(lines, 1)]
+    places = [f"{path}, line {i}" for i in range(1, len(lines) + 1)]
+    return [(x, read_row(x.encode(), where, fields)) for x, where in zip(lines, places)]
 
 
 def read_answers(path: Path, *fields: str) -> list[tuple[str, dict]]:

@@ -270,7 +270,7 @@ def test_a_ranking_is_safe_before_its_notes_are_asked_for(folder, type_in, sent)
 
 def test_a_line_cut_anywhere_costs_that_line_alone(tmp_path, capsys):
     path, cut = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.cut"
-    first, last = '{"prompt": "é", "ranks": [0]}\n'.encode(), '{"prompt": "ü\\n"}\n'.encode()
+    first, last = '{"prompt": "é", "x": [0]}\n'.encode(), '{"prompt": "ü\\n"}\n'.encode()
     for end in range(len(last) + 1):
         path.write_bytes(first + last[:end])
         read = [row["prompt"] for _, row in answers.read_answers(path, "prompt")]
@@ -300,7 +300,7 @@ def test_a_garbled_line_elsewhere_stops_before_anything_is_asked(folder, type_in
     path = folder / "comparisons.jsonl"
     path.write_text('{"prompt": "x"\n{"prompt": "x", "chosen": "a", "rejected": "b"}\n')
     before = path.read_bytes()
-    with pytest.raises(SystemExit, match="comparisons.jsonl, line 1: no row of a known format"):
+    with pytest.raises(SystemExit, match="comparisons.jsonl, line 1: not JSON"):
         type_in("--by anna --models a", "1 2 3 4")
     assert path.read_bytes() == before
 
@@ -510,7 +510,7 @@ def test_scripted_labelers_do_not_write_over_peoples_work(folder, type_in):
     ("--blind a,b a", "two models are compared"),
     ("--blind a judge", "judge.pt holds a ScalarModel"),
     ("--agreement {0}/none.jsonl", "none.jsonl cannot be read"),
-    ("--agreement {0}/prompts.jsonl", "line 1: completions should be a list of strings"),
+    ("--agreement {0}/prompts.jsonl", "line 1: completions should be a list of at least two strings"),
 ])
 def test_a_mistake_is_one_sentence(folder, type_in, flags, sentence):
     with pytest.raises(SystemExit, match=re.escape(sentence)):
