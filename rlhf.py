@@ -265,6 +265,8 @@ def memory_needed(trained: list, frozen: list, cfg: "Common") -> float:
     activations = tokens * (shape.n_layer * width * half + 12 * shape.vocab_size)
     return (16 * parameters[0] + 4 * parameters[1] + activations) / 2**30
 
+CPUINFO = Path("/proc/cpuinfo")
+
 def tune_cpu() -> None:
     """Two settings (README: what they gain). glibc hands every large tensor that is freed back to
     the system, and the next one costs its page faults anew: have it keep them. And on processors
@@ -274,8 +276,7 @@ def tune_cpu() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks lie on the heap like small ones
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose free end is kept
-    cpu = Path("/proc/cpuinfo")
-    if cpu.exists() and "AuthenticAMD" in cpu.read_text():
+    if CPUINFO.exists() and "AuthenticAMD" in CPUINFO.read_text():
         torch.set_float32_matmul_precision("medium")
 
 def checkpoint(cfg: "Common", name: str) -> Path:

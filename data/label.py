@@ -33,6 +33,7 @@ class Label(Common):
     models: str = "sft,sft,sft,sft,gpt"  # each completion is by one of these, drawn by chance
     k_min: int = 4  # fewest completions a prompt (paper: 4)
     k_max: int = 9  # most (paper: 9)
+    round: int = 1  # of collecting: a later one keeps the rankings of those before it
     by: str = "scripted"  # who ranks: scripted (the fable), a person's name, a reward model's .pt
     prompts: str = ""  # file of prompts for a person or a model; if it has completions, of those
     to: str = ""  # file that answers are added to; else the one that the stages read, in --data
@@ -49,15 +50,25 @@ def label(cfg: Label) -> None:
         path = Path(cfg.data) / f"rm_prompts{split}.jsonl"
         room = min(model.config.block_size for model in models.values()) - cfg.max_new_tokens
         rows = read_rows(path, tokenizer, room, "prompt")
-        rankings = []
+        to = Path(cfg.data) / f"comparisons{split}.jsonl"
+        rankings = earlier_rounds(to, cfg.round)
         for row, completions in zip(rows, sample_completions(models, rows, tokenizer, rng, cfg)):
             labelers = everybody if split else [rng.choice(fable.TRAIN_LABELERS)]
             for labeler in labelers:
                 ranks = fable.rank(labeler, row, completions, rng)
                 ranking = {"prompt": row["prompt"], "completions": completions, "ranks": ranks}
-                rankings.append({**ranking, "labeler": labeler.name, "task": row["task"]})
-        write_jsonl(Path(cfg.data) / f"comparisons{split}.jsonl", rankings)
+                who = {"labeler": labeler.name, "task": row["task"], "round": cfg.round}
+                rankings.append(ranking | who)
+        write_jsonl(to, rankings)
     print(describe_agreement(rankings))
+
+
+def earlier_rounds(path: Path, number: int) -> list[dict]:
+    """The rankings of the rounds before round `number`, as they stand in the file."""
+    if number == 1:
+        return []
+    rows = [row for _, row in answers.read_lines(path, *people.RANKING)]
+    return [row for row in rows if row.get("round", 1) < number]
 
 
 def sample_completions(models: dict, rows: list[dict], tokenizer, rng: Random, cfg: Label) -> list:

@@ -1,0 +1,152 @@
+"""What makes it fast changes nothing: graphs, kept casts, settings of the processor, memory."""
+
+from contextlib import contextmanager
+
+import pytest
+import rlhf
+import torch
+from conftest import gpt, lively, scalar, settings
+from model import GPT, PRESETS, GPTConfig, captured
+
+
+# ---- decoding ----------------------------------------------------------------------------------
+
+class Graph:
+    """A CUDA graph as the CPU can have it: what was recorded runs again, on the same tensors."""
+    def replay(self):
+        self.output.copy_(self.step(self.input))
+
+
+def graphs_on_the_cpu(monkeypatch, step) -> list:
+    """Everything that `captured` needs of CUDA; returns the log of calls of `step`."""
+    calls = []
+
+    @contextmanager
+    def nothing(*args):
+        yield
+
+    @contextmanager
+    def record(graph):
+        calls.append("record")
+        yield
+        graph.step, graph.input, graph.output = step, *calls.pop()
+
+    class Stream:
+        def wait_stream(self, other):
+            calls.append("wait")
+
+    for name, fake in {"CUDAGraph": Graph, "Stream": Stream, "current_stream": Stream,
+                       "stream": nothing, "graph": record}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return calls
+
+
+def test_captured_step_reads_its_argument_and_is_warmed_up_first(monkeypatch):
+    """Captured after a run for real on another stream, between two waits; each replay takes the
+    token it is given."""
+    def step(token):
+        output = 2.0 * token
+        calls.append((token, output))
+        return output
+
+    calls = graphs_on_the_cpu(monkeypatch, lambda token: 2.0 * token)
+    replay = captured(step, torch.tensor([1.0, 2.0]))
+    assert calls[0] == "wait" and calls[2] == "wait" and calls[3] == "record"
+    assert replay(torch.tensor([3.0, 4.0])).tolist() == [6, 8]
+    assert replay(torch.tensor([5.0, 0.0])).tolist() == [10, 0]
+
+
+def test_a_weight_that_changed_is_cast_again(prompts):
+    """Inside `complete` autocast keeps the casts of weights: they must not outlive it."""
+    policy = gpt(vocab_size=64, n_embd=32)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        rlhf.complete(policy, prompts, -1, 4)
+        before = rlhf.complete(policy, prompts, -1, 4, temperature=0)[0]
+        lively(policy)
+        after = rlhf.complete(policy, prompts, -1, 4, temperature=0)[0]
+        same = gpt(vocab_size=64, n_embd=32)
+        same.load_state_dict(policy.state_dict())
+        fresh = rlhf.complete(same, prompts, -1, 4, temperature=0)[0]
+        assert not torch.is_autocast_cache_enabled()
+    assert torch.equal(after, fresh) and not torch.equal(after, before)
+
+
+# ---- settings of the processor -------------------------------------------------------------------
+
+@pytest.fixture
+def precision():
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_float32_products_stay_float32(precision):
+    """Whatever `tune_cpu` sets, products are as exact as float32 allows."""
+    a, b = torch.randn(300, 400), torch.randn(400, 200)
+    rlhf.tune_cpu()
+    error = (a @ b - a.double() @ b.double()).norm() / (a.double() @ b.double()).norm()
+    assert error < 1e-6
+
+
+@pytest.mark.parametrize("platform, file", [("darwin", "/none"), ("win32", "/none")])
+def test_other_systems_are_left_alone(monkeypatch, precision, platform, file):
+    monkeypatch.setattr(rlhf.sys, "platform", platform)
+    monkeypatch.setattr(rlhf.ctypes, "CDLL", lambda *args: pytest.fail("no such library there"))
+    monkeypatch.setattr(rlhf, "CPUINFO", rlhf.Path(file))
+    rlhf.tune_cpu()
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("processor, chosen", [("AuthenticAMD", "medium"),
+                                               ("GenuineIntel", "highest")])
+def test_only_amd_gets_another_library(monkeypatch, tmp_path, precision, processor, chosen):
+    """An Intel processor with AMX would take "medium" for a leave to multiply in bfloat16."""
+    (tmp_path / "cpuinfo").write_text(f"vendor_id : {processor}\n")
+    monkeypatch.setattr(rlhf, "CPUINFO", tmp_path / "cpuinfo")
+    rlhf.tune_cpu()
+    assert torch.get_float32_matmul_precision() == chosen
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+def test_memory_of_models():
+    """Four tensors as large as the weights for what is trained, one for what is frozen."""
+    policy, reward = gpt(n_embd=64), scalar(n_embd=64)
+    rlhf.lm_pass(policy, [([1, 2, 3, 4], 1)], rlhf.SFT(device="cpu", dtype="float32"))
+    gradients = sum(p.grad.nbytes for p in policy.parameters())
+    optimizer = rlhf.adam(policy)
+    rlhf.update(policy, optimizer, 1e-3)
+    averages = sum(x.nbytes for state in optimizer.state.values() for x in state.values()
+                   if x.dim())
+    sizes = [sum(p.nbytes for p in model.parameters()) for model in (policy, reward)]
+    cfg = rlhf.PPO(microbatch_size=0)
+    found = rlhf.memory_needed([policy], [reward], cfg) * 2**30
+    assert found == gradients + averages + sizes[0] + sizes[1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_of_a_microbatch(dtype, tmp_path):
+    """The estimate is within a factor of 1.6 of the bytes that autograd keeps at full length."""
+    config = GPTConfig(vocab_size=512, **PRESETS["fable"])
+    policy, kept = GPT(config), {}
+    cfg = settings(rlhf.SFT, tmp_path, microbatch_size=4, dtype=dtype)
+    weights = {p.data_ptr() for p in policy.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if tensor.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    rows = [(torch.randint(512, (config.block_size,)).tolist(), 1) for _ in range(4)]
+    with torch.autocast("cpu", torch.bfloat16, dtype == "bfloat16", cache_enabled=False):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            rlhf.lm_pass(policy, rows, cfg)
+    estimate = rlhf.memory_needed([policy], [], cfg) * 2**30
+    estimate -= 16 * sum(p.numel() for p in policy.parameters())
+    assert 1 / 1.6 < estimate / sum(kept.values()) < 1.6, (estimate, sum(kept.values()))
+
+
+def test_a_run_says_what_it_needs(tmp_path, capsys):
+    cfg = settings(rlhf.PPO, tmp_path)
+    rlhf.Log(cfg, 1, 12.34)
+    assert "ppo_ptx: cpu, float32, about 12.3 GiB of memory" in capsys.readouterr().out
