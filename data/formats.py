@@ -14,6 +14,7 @@ that says where. Text is encoded as ordinary text: none can forge a control toke
 
 import base64
 import json
+import os
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -132,7 +133,9 @@ def read_pretraining(path: Path, tokenizer: tiktoken.Encoding) -> list[np.ndarra
         texts = [text for text in read_text(path).split(EOT) if text]
         dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
         encoded = tokenizer.encode_ordinary_batch(texts)
-        np.save(cache, np.concatenate([np.array([*ids, eos], dtype) for ids in encoded]))
+        partial = cache.with_suffix(f".{os.getpid()}.npy")  # renamed when whole: others may read
+        np.save(partial, np.concatenate([np.array([*ids, eos], dtype) for ids in encoded]))
+        partial.replace(cache)
     ids = np.asarray(np.load(cache, mmap_mode="r"))
     ends = np.flatnonzero(ids == eos) + 1
     return [ids[start:end] for start, end in zip([0, *ends], ends)]
