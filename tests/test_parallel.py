@@ -29,8 +29,13 @@ PROMPTS = [[3], [4, 5, 6], [2, 9], [8, 1], [5, 5, 5, 5], [10, 4], [7]]
 def torchrun(*arguments, timeout=300) -> subprocess.CompletedProcess:
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *arguments]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=env, text=True,
-                          capture_output=True, timeout=timeout)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=env, **pipes) as run:
+        try:
+            printed = run.communicate(timeout=timeout)
+            return subprocess.CompletedProcess(command, run.returncode, *printed)
+        finally:
+            run.terminate()  # upon which it ends its own
 
 
 # ---- what both do --------------------------------------------------------------------------------
@@ -85,6 +90,7 @@ def work(cfg) -> None:
     torch.manual_seed(0)
     models = rlhf.Models(gpt(), gpt(), scalar(), scalar(), gpt())
     rows = [(prompt + [1, 2, 0], len(prompt)) for prompt in PROMPTS]
+    torch.manual_seed(parallel.RANK)
     result = {
         "drawn": drawn,
         "lm": summed(models.policy, rlhf.lm_pass(models.policy, rows, cfg, 2.0)),
@@ -242,6 +248,16 @@ def test_a_mistake_is_one_sentence_of_all_processes(tiny_data, tmp_path):
     done = torchrun("rlhf.py", "rm", *flags(tiny_data, tmp_path))
     assert done.returncode != 0 and "Error: " not in re.sub("ChildFailedError: ", "", done.stderr)
     assert done.stderr.count("rm: ") == done.stderr.count("sft.pt is not there") == 1
+
+
+def test_only_rank_0_writes(monkeypatch, tmp_path, capsys):
+    cfg = settings(rlhf.RM, tmp_path, out=str(tmp_path))
+    monkeypatch.setattr(rlhf, "RANK", 1)
+    rlhf.save(cfg, scalar())
+    log = rlhf.Log(cfg, 2, 0.0)
+    log.step({"loss": 1.0}, "loss")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert log.bar.n == 1 and capsys.readouterr().err == ""
 
 
 def test_only_rank_0_evaluates(monkeypatch, tmp_path):
