@@ -34,8 +34,6 @@ import os
 import re
 import sys
 import time
-from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from pickle import UnpicklingError
@@ -52,6 +50,7 @@ from data.formats import (
     read_pretraining, read_rows, render,
 )
 from model import GPT, PRESETS, GPTConfig, ScalarModel, generate, multiple, pad_right, stream
+from parallel import RANK, all_sum, broadcast, gather, joined, share, stop, sum_gradients, unshare
 
 # ---- The equations: tensors and floats in, tensors out -------------------------------------------
 # `count` is what a mean is divided by, given when the tensors are only a part of an optimizer step:
@@ -188,7 +187,7 @@ def lm_pass(policy: GPT, rows: list[tuple], cfg: "Common", coef: float = 1.0) ->
     count = sum(len(ids) - prompt_len for ids, prompt_len in rows)
     total = 0.0
     rows = sorted(rows, key=lambda row: len(row[0]))  # like lengths together: less padding
-    for part in chunks(rows, cfg.microbatch_size):
+    for part in chunks(share(rows), cfg.microbatch_size):
         tokens, total_lens = pad_right([ids for ids, _ in part], cfg.device)
         prompt_lens = torch.tensor([prompt_len for _, prompt_len in part], device=cfg.device)
         mask = action_mask(prompt_lens, total_lens, tokens.size(1))
@@ -196,7 +195,7 @@ def lm_pass(policy: GPT, rows: list[tuple], cfg: "Common", coef: float = 1.0) ->
         if torch.is_grad_enabled():
             (coef * loss).backward()
         total += loss.item()
-    return total
+    return sum(gather(total))
 
 @torch.no_grad()
 def score_rows(model: ScalarModel, rows: list[list[int]], cfg: "Common") -> Tensor:
@@ -204,23 +203,19 @@ def score_rows(model: ScalarModel, rows: list[list[int]], cfg: "Common") -> Tens
     parts = [pad_right(part, cfg.device) for part in chunks(rows, cfg.microbatch_size)]
     return torch.cat([sequence_scores(model, tokens, lens).cpu() for tokens, lens in parts])
 
-@contextmanager
-def constant_weights():
-    """Within it autocast converts each weight once, not at each use: nothing is trained there."""
-    torch.set_autocast_cache_enabled(True)
-    yield
-    torch.set_autocast_cache_enabled(False)
-    torch.clear_autocast_cache()
-
 @torch.no_grad()
-@constant_weights()
 def complete(policy: GPT, prompts: list[list[int]], eos: int, max_new_tokens: int, temperature=1.0):
     """`generate` for any number of prompts: tokens (B, T), mask (B, T-1), total_lens (B,)."""
-    parts = [generate(policy, p, max_new_tokens, eos, temperature) for p in chunks(prompts, 256)]
-    width = multiple(max(tokens.size(1) for tokens, _, _ in parts))
-    tokens = torch.cat([F.pad(tokens, (0, width - tokens.size(1))) for tokens, _, _ in parts])
-    prompt_lens, total_lens = (torch.cat([part[i] for part in parts]) for i in (1, 2))
-    return tokens, action_mask(prompt_lens, total_lens, width), total_lens
+    own = []
+    torch.set_autocast_cache_enabled(True)  # weights stay: each is cast once, not at each step
+    for part in chunks(share(prompts), 256):
+        tokens, _, lens = generate(policy, part, max_new_tokens, eos, temperature)
+        own += [ids[:n] for ids, n in zip(tokens.tolist(), lens.tolist())]
+    torch.set_autocast_cache_enabled(False)
+    torch.clear_autocast_cache()
+    tokens, total_lens = pad_right(unshare(own), policy.wte.weight.device)
+    prompt_lens = torch.tensor([len(prompt) for prompt in prompts], device=tokens.device)
+    return tokens, action_mask(prompt_lens, total_lens, tokens.size(1)), total_lens
 
 def responses(tokens: Tensor, mask: Tensor) -> list[list[int]]:
     """The ids of each row's response, EOS included."""
@@ -230,6 +225,7 @@ def responses(tokens: Tensor, mask: Tensor) -> list[list[int]]:
 
 def adam(model: torch.nn.Module) -> torch.optim.Adam:
     """Betas from C; epsilon from GPT-3, as the paper gives none; no weight decay (our choice)."""
+    broadcast(model)
     return torch.optim.Adam(model.parameters(), betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 def cosine(progress: float) -> float:
@@ -239,6 +235,7 @@ def cosine(progress: float) -> float:
 def update(model: torch.nn.Module, optimizer: torch.optim.Adam, learning_rate: float) -> float:
     """One step on the accumulated gradient, clipped to a norm of 1 (our choice); returns the norm,
     and raises UserError, before the step, when a loss and so the norm is not finite."""
+    sum_gradients(model)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
     if not math.isfinite(norm):
         raise UserError("a loss is not finite: no step is taken (is the learning rate too high?)")
@@ -258,20 +255,18 @@ def memory_needed(trained: list, frozen: list, cfg: "Common") -> float:
     frozen one 4; a microbatch of rows as long as the context, s b h (34 + 5 a s / h) bytes a layer
     in 16 bits (Korthikanti et al. 2022, section 4.1), and its logits, float32 and thrice."""
     shape = trained[0].config
-    parameters = [sum(p.numel() for model in models for p in model.parameters())
-                  for models in (trained, frozen)]
+    sizes = [sum(p.numel() for m in models for p in m.parameters()) for models in (trained, frozen)]
     tokens, half = cfg.microbatch_size * shape.block_size, 1 if cfg.dtype == "bfloat16" else 2
     width = 34 * shape.n_embd + 5 * shape.n_head * shape.block_size
     activations = tokens * (shape.n_layer * width * half + 12 * shape.vocab_size)
-    return (16 * parameters[0] + 4 * parameters[1] + activations) / 2**30
+    return (16 * sizes[0] + 4 * sizes[1] + activations) / 2**30
 
 CPUINFO = Path("/proc/cpuinfo")
 
 def tune_cpu() -> None:
-    """Two settings (README: what they gain). glibc hands every large tensor that is freed back to
-    the system, and the next one costs its page faults anew: have it keep them. And on processors
-    by AMD oneDNN multiplies float32 at twice the rate of MKL; "medium" picks it, exact all the same
-    where no hardware has a shorter type for it."""
+    """Have glibc keep freed tensors, which it hands back to the system, so that the next one costs
+    its page faults anew; and on AMD's processors have oneDNN, not MKL, multiply float32, twice as
+    fast: "medium" does, and is as exact there (README: what each gains)."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks lie on the heap like small ones
@@ -285,6 +280,8 @@ def checkpoint(cfg: "Common", name: str) -> Path:
 
 def save(cfg: "Common", model: GPT | ScalarModel) -> None:
     """One file of plain types and tensors, written under another name, synced, then renamed."""
+    if RANK > 0:
+        return
     path, kind = checkpoint(cfg, cfg.name), type(model).__name__
     content = {"kind": kind, "config": vars(model.config), "model": model.state_dict()}
     with open(path.with_suffix(".partial"), "wb") as file:
@@ -314,9 +311,11 @@ class Log:
         print(f"{cfg.name}: {cfg.device}, {cfg.dtype}, about {memory:.1f} GiB of memory")
         folder = Path(cfg.out) / cfg.name
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "settings.json").write_text(json.dumps(vars(cfg), indent=1) + "\n")
-        self.file = open(folder / "metrics.jsonl", "w", encoding="utf-8")
-        self.bar, self.start = tqdm(total=total, desc=cfg.name, mininterval=1), time.time()
+        if RANK == 0:
+            (folder / "settings.json").write_text(json.dumps(vars(cfg), indent=1) + "\n")
+        self.file = open(os.devnull if RANK else folder / "metrics.jsonl", "w", encoding="utf-8")
+        self.bar = tqdm(total=total, desc=cfg.name, mininterval=1, disable=RANK > 0)
+        self.start = time.time()
 
     def step(self, metrics: dict[str, float], *show: str) -> None:
         self.bar.set_postfix({key: f"{metrics[key]:.3g}" for key in show}, refresh=False)
@@ -503,7 +502,8 @@ def rm_backward(model: ScalarModel, batch: list[dict], cfg: RM) -> float:
     """Accumulate the gradient of (2) over a batch of prompts, whose completions stay together."""
     count = max(1, sum(len(set(row["ranks"])) > 1 for row in batch))
     total = 0.0
-    for part in chunks(batch, max(1, cfg.microbatch_size // 9)):  # K is 9 at most in the paper
+    size = max(1, cfg.microbatch_size // 9)  # K is 9 at most in the paper
+    for part in chunks(share(batch), size):
         tokens, lens = pad_right([ids for row in part for ids in row["ids"]], cfg.device)
         ranks = torch.tensor([rank for row in part for rank in row["ranks"]])
         groups = torch.tensor([i for i, row in enumerate(part) for _ in row["ids"]])
@@ -511,7 +511,7 @@ def rm_backward(model: ScalarModel, batch: list[dict], cfg: RM) -> float:
         loss = pairwise_loss(scores, ranks.to(cfg.device), groups.to(cfg.device), count)
         loss.backward()
         total += loss.item()
-    return total
+    return sum(gather(total))
 
 def rm_report(model: ScalarModel, seen: set, valid: list[dict], cfg: RM) -> dict[str, float]:
     """On held-out prompts: the share of untied pairs put in the labeler's order and their margin,
@@ -551,10 +551,10 @@ class Rollout(NamedTuple):
     returns: Tensor
 
 def minibatches(order: Tensor, lens: Tensor, cfg: PPO) -> list[list[Tensor]]:
-    """The rows of each optimizer step, in microbatches of like length: less padding, and no bias,
-    as chance decides who shares a step."""
-    steps = chunks(order, cfg.minibatch_size)
-    return [chunks(rows[lens[rows].argsort(stable=True)], cfg.microbatch_size) for rows in steps]
+    """This process's rows of each optimizer step, in microbatches of like length: less padding,
+    and no bias, as chance decides who shares a step."""
+    steps = [rows[lens[rows].argsort(stable=True)] for rows in chunks(order, cfg.minibatch_size)]
+    return [chunks(share(rows), cfg.microbatch_size) for rows in steps]
 
 @torch.no_grad()
 def rollout(models: Models, prompts: list, eos: int, cfg: PPO) -> tuple[Rollout, Tensor, dict]:
@@ -574,6 +574,7 @@ def rollout(models: Models, prompts: list, eos: int, cfg: PPO) -> tuple[Rollout,
         ref_logprobs[rows, :width] = token_logprobs(models.ref, part, part_mask)
         values[rows, :width] = models.value(part[:, :-1])
         scores[rows] = sequence_scores(models.reward, part, lens[rows])
+    all_sum(logprobs, ref_logprobs, values, scores)  # each 0 in the rows of other processes
     ended = tokens[everyone, lens - 1] == eos
     scores = torch.where(ended, scores, cfg.missing_eos_score)
     rewards = kl_rewards(scores, logprobs, ref_logprobs, mask, cfg.kl_coef)
@@ -587,10 +588,10 @@ def rollout(models: Models, prompts: list, eos: int, cfg: PPO) -> tuple[Rollout,
     batch = Rollout(tokens, mask, logprobs, values, whiten(advantages, mask), returns)
     return batch, lens, episodes
 
-def ppo_backward(models: Models, batch: Rollout, microbatches: list[Tensor], cfg: PPO) -> Counter:
+def ppo_backward(models: Models, batch: Rollout, microbatches: list[Tensor], cfg: PPO) -> dict:
     """Accumulate the gradients of (5) in the policy, of (6) in the value network: statistics."""
-    count = sum(batch.mask[rows].sum() for rows in microbatches)
-    stats = Counter()
+    count = sum(gather(sum(batch.mask[rows].sum().item() for rows in microbatches)))
+    parts = []
     for rows in microbatches:
         width = multiple(int(batch.mask[rows].any(0).nonzero().max()) + 2) - 1  # the longest row's
         tokens = batch.tokens[rows, : width + 1]
@@ -600,8 +601,9 @@ def ppo_backward(models: Models, batch: Rollout, microbatches: list[Tensor], cfg
         error, of_value = value_loss(values, old_values, returns, mask, cfg.cliprange_value, count)
         (loss + error).backward()  # two networks with no parameter in common
         sums = {"loss/policy": loss, "loss/value": error, **of_policy, **of_value}
-        stats.update({key: x.item() for key, x in sums.items()})
-    return stats
+        parts.append({key: x.item() for key, x in sums.items()})
+    parts = sum(gather(parts), [])
+    return {key: sum(part[key] for part in parts) for key in parts[0]}
 
 def ppo_update(models, optimizers, batch: Rollout, lens: Tensor, text, factor: float, rng, cfg):
     """(7) (5) + ptx_coef (1), minimised over the policy, and (6) over the value network.
@@ -611,7 +613,7 @@ def ppo_update(models, optimizers, batch: Rollout, lens: Tensor, text, factor: f
     """
     steps = []
     for epoch in range(cfg.epochs):
-        order = torch.randperm(len(lens)) if epoch else torch.arange(len(lens))
+        order = gather(torch.randperm(len(lens)))[0] if epoch else torch.arange(len(lens))
         for microbatches in minibatches(order.to(lens.device), lens, cfg):
             stats = ppo_backward(models, batch, microbatches, cfg)
             if not steps and abs(stats["val/ratio"] - 1) > 1e-4:
@@ -785,6 +787,9 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
 
 def run(stage, cfg: Common) -> None:
     """Settle what is "auto", seed, run the stage; a UserError ends it with its sentence."""
+    trains = stage in (pretrain, sft, rm, ppo)
+    if RANK > 0 and not trains:  # the rest is work for one process
+        return
     if cfg.device == "auto":
         cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
         cfg.device = "cuda" if cuda else "mps" if mps else "cpu"
@@ -792,14 +797,15 @@ def run(stage, cfg: Common) -> None:
         fast = cfg.device == "cuda" or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
         cfg.dtype = "bfloat16" if fast else "float32"
     tune_cpu()
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed + 100_003 * RANK)  # samples and dropout of its own
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     half = cfg.dtype == "bfloat16"
     try:  # no cache of weights in bfloat16, as they change
-        with torch.autocast(cfg.device, torch.bfloat16, half, cache_enabled=False):
+        joining = joined(cfg.device, trains)
+        with joining, torch.autocast(cfg.device, torch.bfloat16, half, cache_enabled=False):
             stage(cfg)
     except UserError as error:
-        sys.exit(f"{stage.__name__}: {error}")
+        stop(f"{stage.__name__}: {error}")
     except (KeyboardInterrupt, EOFError):
         sys.exit(f"\n{stage.__name__}: stopped")
 

@@ -15,6 +15,7 @@ that says where. Text is encoded as ordinary text: none can forge a control toke
 import base64
 import codecs
 import gzip
+import os
 import re
 import runpy
 import zlib
@@ -161,9 +162,10 @@ def write_ids(cache: Path, path: Path, tokenizer: tiktoken.Encoding) -> None:
     dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
     encoded = (encode(tokenizer, text) for text in texts)
     ids = np.concatenate([np.array([*ids, tokenizer.eot_token], dtype) for ids in encoded])
-    with open(cache.with_suffix(".partial"), "wb") as file:
+    partial = cache.with_suffix(f".{os.getpid()}.partial")  # as other processes may do the same
+    with open(partial, "wb") as file:
         np.save(file, ids)
-    cache.with_suffix(".partial").replace(cache)
+    partial.replace(cache)
 
 
 def passages(documents: list, count: int, longest: int, rng: np.random.Generator) -> list[tuple]:
