@@ -53,16 +53,16 @@ fable() {
     python3 rlhf.py evaluate $run --models $models
 }
 
-# Learning rates are the paper's, times how much faster GPT-3's smallest model (our size) learns
-# than its larger ones: 3 times the 1.3B policy's, 5 times the 6B reward model's. Not yet run on a
-# GPU: the minutes are unknown.
+# Rates are the paper's, times how much higher GPT-3's own rate was at 125M (6e-4) than at the paper's
+# size: 3 times for the policy (1.3B, 2e-4), 5 times for reward and value (6B, 1.2e-4); PPO's, which
+# the paper swept, is our choice. Not yet run on a GPU: neither minutes nor memory are known.
 gpt2() {
     python3 data/prepare.py ${FEEDBACK:-oasst} $all
     python3 data/prepare.py webtext $all
     python3 data/gpt2.py load ${MODEL:-gpt2} --out $OUT
     run="$run --max_new_tokens 256 --microbatch_size ${MICROBATCH:-8}"
     sft="python3 rlhf.py sft $run --learning_rate 3e-5 --epochs 3"
-    ppo="python3 rlhf.py ppo $run --learning_rate 3e-5 --value_learning_rate 4.5e-5 --kl_coef 0.02"
+    ppo="python3 rlhf.py ppo $run --learning_rate 1e-5 --value_learning_rate 4.5e-5 --kl_coef 0.02"
     $sft
     python3 rlhf.py rm $run --learning_rate 4.5e-5 --epochs 1 --batch_size 32 # people have ranked already
     $sft --name ppo_init --pretrain_fraction 0.1
