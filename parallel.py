@@ -9,7 +9,6 @@ to the bit; only rank 0 writes. Without torchrun every function here is the iden
 
 import os
 import sys
-import time
 from contextlib import contextmanager
 
 import torch
@@ -40,9 +39,11 @@ def joined(device: str, wanted: bool = True):
 
 
 def stop(sentence: str) -> None:
-    """Exit with the sentence, which all processes mostly come to at once: rank 0 says it first,
-    and torchrun ends the others, or who is alone with its trouble says it after a while."""
-    time.sleep(3 if RANK > 0 else 0)
+    """Exit with the sentence, once: mostly all processes come to it, and the first one says it."""
+    if "RANK" in os.environ:
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        if dist.TCPStore(*address, wait_for_workers=False).add("stopped", 1) > 1:
+            sys.exit(1)
     sys.exit(sentence)
 
 
