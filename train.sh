@@ -26,18 +26,18 @@ small() { if [ -n "${SMOKE:-}" ]; then echo "$@"; fi; } # flags of the smoke run
 fable() {
     # A world, its customers and its labelers                                           0.1 minutes
     python3 data/prepare.py fable $all $(small --scale 0.05)
-    # GPT: next-token prediction                                                        4.3
+    # GPT: next-token prediction                                                        5.2
     python3 rlhf.py pretrain $run $(small --steps 60)
-    # Step 1: imitate the demonstrations                                                0.5
+    # Step 1: imitate the demonstrations                                                0.6
     python3 rlhf.py sft $run $(small --epochs 2)
-    # Step 2: the labelers rank what it writes; learn to rank as they do                2.0 and 2.0
+    # Step 2: the labelers rank what it writes; learn to rank as they do                1.6 and 2.9
     python3 data/label.py $run
     python3 rlhf.py rm $run
-    # Step 1 again: the same training, keeping the epoch that the reward model likes    0.5
+    # Step 1 again: the same training, keeping the epoch that the reward model likes    0.7
     python3 rlhf.py sft $run $(small --epochs 2) --reward_model rm
-    # Step 3: PPO starts from an SFT with a tenth of pretraining text mixed in          0.5
+    # Step 3: PPO starts from an SFT with a tenth of pretraining text mixed in          0.7
     python3 rlhf.py sft $run $(small --epochs 2) --name ppo_init --pretrain_fraction 0.1
-    #         without pretraining text, then with it                                    2.0 and 2.0
+    #         without pretraining text, then with it                                    1.9 and 3.1
     python3 rlhf.py ppo $run $(small --iterations 4) --name ppo --ptx_coef 0
     python3 rlhf.py ppo $run $(small --iterations 4)
     # Steps 2 and 3 again, if asked: what the newest policy writes is ranked as well, a reward model
@@ -49,7 +49,7 @@ fable() {
         newest=ppo_ptx$round models=$models,ppo_ptx$round
         python3 rlhf.py ppo $run $(small --iterations 4) --name $newest --reward_model rm$round
     done
-    # What each of them did                                                             0.5
+    # What each of them did                                                             0.4
     python3 rlhf.py evaluate $run --models $models
 }
 
