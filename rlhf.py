@@ -261,8 +261,6 @@ def memory_needed(trained: list, frozen: list, cfg: "Common") -> float:
     activations = tokens * (shape.n_layer * width * half + 12 * shape.vocab_size)
     return (16 * sizes[0] + 4 * sizes[1] + activations) / 2**30
 
-CPUINFO = Path("/proc/cpuinfo")
-
 def tune_cpu() -> None:
     """Have glibc keep freed tensors, which it hands back to the system, so that the next one costs
     its page faults anew; and on AMD's processors have oneDNN, not MKL, multiply float32, twice as
@@ -773,6 +771,7 @@ def speak(policy: GPT, ids: list[int], tokenizer, cfg: Chat):
         if token.item() != eos:
             yield printable(decoder.decode(tokenizer.decode_single_token_bytes(token.item())))
 
+CPUINFO = Path("/proc/cpuinfo")  # on Linux
 DEVICES, DTYPES = ("auto", "cpu", "cuda", "mps"), ("auto", "bfloat16", "float32")
 
 def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
@@ -796,7 +795,8 @@ def run(stage, cfg: Common) -> None:
     if cfg.dtype == "auto":  # bfloat16 where the hardware multiplies it faster than float32
         fast = cfg.device == "cuda" or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
         cfg.dtype = "bfloat16" if fast else "float32"
-    tune_cpu()
+    if cfg.device == "cpu":
+        tune_cpu()
     torch.manual_seed(cfg.seed + 100_003 * RANK)  # samples and dropout of its own
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     half = cfg.dtype == "bfloat16"

@@ -510,7 +510,7 @@ def test_scripted_labelers_do_not_write_over_peoples_work(folder, type_in):
     ("--blind a,b a", "two models are compared"),
     ("--blind a judge", "judge.pt holds a ScalarModel"),
     ("--agreement {0}/none.jsonl", "none.jsonl cannot be read"),
-    ("--agreement {0}/prompts.jsonl", "line 1: completions should be a list of at least two strings"),
+    ("--agreement {0}/prompts.jsonl", "line 1: completions should be a list of at least two"),
 ])
 def test_a_mistake_is_one_sentence(folder, type_in, flags, sentence):
     with pytest.raises(SystemExit, match=re.escape(sentence)):

@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -684,6 +685,27 @@ def test_the_whole_chain(chain):
     assert table["sft"]["win rate"] == 0.5 and len({tuple(row) for row in table.values()}) == 1
     assert all(math.isfinite(x) for row in table.values() for x in row.values())
     assert (folder / "evaluate.md").read_text().count("\n") == 7
+
+
+def test_a_later_round_adds_its_rankings_to_those_before(chain, tiny_data, tmp_path):
+    """Once: done again, a round takes its own place, and the first starts anew."""
+    from data import label
+    out, of = chain
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+
+    def rounds(number, models):
+        torch.manual_seed(0)
+        label.label(of(Label, data=str(data), round=number, models=models))
+        rows = map(json.loads, (data / "comparisons.jsonl").read_text().splitlines())
+        return [(row["round"], row["completions"]) for row in rows]
+
+    first = rounds(1, "sft,gpt")
+    for models in ("ppo_ptx", "ppo"):
+        both = rounds(2, models)
+        assert both[: len(first)] == first and len(both) == 2 * len(first)
+        assert {number for number, _ in both[len(first) :]} == {2}
+    assert rounds(1, "sft,gpt") == first
 
 
 def test_every_step_of_ppo_is_logged_in_full(chain):
