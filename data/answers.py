@@ -8,7 +8,7 @@ import os
 from datetime import datetime
 from pathlib import Path
 
-from data.formats import UserError, read_row, read_text
+from data.formats import UserError, read_row, read_text, replacing
 
 
 def read_lines(path: Path, *fields: str) -> list[tuple[str, dict]]:
@@ -59,17 +59,9 @@ def append(path: Path, line: bytes) -> None:
 
 
 def overwrite(path: Path, content: bytes) -> None:
-    """All or nothing: written under another name, synced, then renamed."""
-    unfinished = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(unfinished, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}") from None
+    """All or nothing."""
+    with replacing(path) as file:
+        file.write(content)
 
 
 def save(path: Path, row: dict) -> str:

@@ -20,7 +20,9 @@ import re
 import runpy
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import tiktoken
@@ -35,6 +37,45 @@ BLANKS = re.compile(r"(\s{500000})")  # in a row: tiktoken breaks down at a mill
 
 class UserError(Exception):
     """What one sentence explains to the user: printed without a traceback."""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into, which takes the place of `path` once all of it is on the disk.
+
+    Until then it has a name of its own; it is removed if anything fails, and what was there before
+    stays. The folder is made if need be. What the system refuses is a UserError.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # others may write it as well
+    try:
+        if path.is_dir():
+            raise UserError(f"{path} cannot be written: it is a folder")
+        with suppress(FileExistsError):
+            path.parent.mkdir(parents=True)
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(f"{path} cannot be written: {cause.strerror or cause}") from None
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """So that a new name outlives a power cut."""
+    with suppress(OSError):  # not every system can; the file itself is safe
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def get_tokenizer(data: str) -> tiktoken.Encoding:
@@ -155,17 +196,15 @@ def read_pretraining(path: Path, tokenizer: tiktoken.Encoding) -> list[np.ndarra
 
 
 def write_ids(cache: Path, path: Path, tokenizer: tiktoken.Encoding) -> None:
-    """Under another name first, so that half a file is never taken for the whole."""
+    """The ids of all documents, one after the other, as read_pretraining keeps them."""
     texts = [text for text in read_text(path).split(EOT) if text]
     if not texts:
         raise UserError(f"{path} has no text")
     dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
     encoded = (encode(tokenizer, text) for text in texts)
     ids = np.concatenate([np.array([*ids, tokenizer.eot_token], dtype) for ids in encoded])
-    partial = cache.with_suffix(f".{os.getpid()}.partial")  # as other processes may do the same
-    with open(partial, "wb") as file:
+    with replacing(cache) as file:
         np.save(file, ids)
-    partial.replace(cache)
 
 
 def passages(documents: list, count: int, longest: int, rng: np.random.Generator) -> list[tuple]:

@@ -23,7 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that `python data/gpt2.py` finds rlhf.py
 import rlhf  # noqa: E402
 from data.download import fetch  # noqa: E402
-from data.formats import UserError  # noqa: E402
+from data.formats import UserError, replacing  # noqa: E402
 from model import GPT, GPTConfig, ScalarModel  # noqa: E402
 
 # openai-community/NAME on the hub: the revision, and the SHA-256 of its model.safetensors (None:
@@ -114,7 +114,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """float32 tensors, contiguous or not; under another name first, synced, then renamed."""
+    """float32 tensors, contiguous or not."""
     header, position = {"__metadata__": {"format": "pt"}}, 0  # transformers asks for this entry
     for name, tensor in tensors.items():
         end = position + 4 * tensor.numel()
@@ -122,14 +122,10 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
         header[name], position = {"dtype": "F32", "shape": shape, "data_offsets": offsets}, end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8, as the format wants
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
+    with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             file.write(tensor.detach().cpu().float().contiguous().numpy())
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
 
 
 # ---------------------------------------------------------------- their layout -> ours
@@ -287,13 +283,9 @@ def save_gpt2(model: GPT | ScalarModel, folder: str | Path) -> None:
     with the pad_token_id of config.json. Raises UserError if the folder cannot be written.
     """
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors(folder / "model.safetensors", hub_weights(model))
-        text = json.dumps(hub_config(model), indent=2) + "\n"
-        (folder / "config.json").write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error}") from None
+    write_safetensors(folder / "model.safetensors", hub_weights(model))
+    with replacing(folder / "config.json") as file:
+        file.write(f"{json.dumps(hub_config(model), indent=2)}\n".encode())
 
 
 # ---------------------------------------------------------------- command line

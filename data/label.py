@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # `python data/label.py` is to find rlhf.py
 from data import answers, fable, people  # noqa: E402
-from data.formats import gold_function, printable  # noqa: E402
+from data.formats import gold_function, printable, replacing  # noqa: E402
 from model import ScalarModel  # noqa: E402
 from rlhf import Common, UserError, add_flags, complete, decode, get_tokenizer, load  # noqa: E402
 from rlhf import read_rows, responses, run, score_rows  # noqa: E402
@@ -91,9 +91,8 @@ def sample_completions(models: dict, rows: list[dict], tokenizer, rng: Random, c
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    partial.rename(path)
+    with replacing(path) as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
     pairs = [(a, b) for row in rows for a, b in combinations(row["ranks"], 2)]
     ties = sum(a == b for a, b in pairs) / len(pairs)
     print(f"{path}: {len(rows)} rankings, {len(pairs)} pairs, {ties:.0%} of them ties")

@@ -11,12 +11,12 @@ README.md beside this file names every file and every field.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import re
 import sys
 from collections import Counter
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that `python data/pr
 from data import dataset, fable, feedback  # noqa: E402
 from data.bpe import tiktoken_file, train_bpe  # noqa: E402
 from data.download import fetch  # noqa: E402
-from data.formats import EOT, UserError, get_tokenizer  # noqa: E402
+from data.formats import EOT, UserError, get_tokenizer, replacing  # noqa: E402
 
 SAMPLE = 3_000_000  # characters of text that the vocabulary is learnt from
 
@@ -38,24 +38,13 @@ def json_lines(rows: list[dict]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def write(path: Path, text: str):
-    write_files({path.name: text}, path.parent)
-
-
 def write_files(files: dict[str, str], out: Path):
-    """All of them or none: under temporary names first, so that nobody ever reads half a file."""
-    temporary = {name: out / (name + ".partial") for name in files}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+    """All of them or none: the first takes its place when the last is written."""
+    with ExitStack() as stack:
         for name, text in files.items():
-            temporary[name].write_text(text, encoding="utf-8", newline="\n")
-        for name, path in temporary.items():
-            path.replace(out / name)
-    except OSError as error:
-        for path in temporary.values():
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-        raise UserError(f"Cannot write into {out}: {error.strerror}.") from None
+            file = stack.enter_context(replacing(out / name))
+            file.write(text.encode())
+            file.flush()
 
 
 def write_all(files: dict, out: Path) -> tiktoken.Encoding:

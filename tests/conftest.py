@@ -1,7 +1,9 @@
 """What the tests share: seeds, models small enough to enumerate, a data set of a few rows."""
 
 import copy
+import resource
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +115,17 @@ def tiny_data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(tiny_data):
     return rlhf.get_tokenizer(str(tiny_data))
+
+
+@contextmanager
+def disk_full(size: int):
+    """No file grows over so many bytes: as on a full disk, and for root as well."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def gradients(model: torch.nn.Module) -> torch.Tensor:

@@ -392,7 +392,7 @@ def test_padding_of_a_reward_model_is_a_byte_that_no_text_has():
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, model):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file cannot be written"):
+    with pytest.raises(UserError, match="model.safetensors cannot be written: Not a dir"):
         save_gpt2(model, tmp_path / "file")
 
 

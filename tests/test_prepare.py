@@ -1,6 +1,5 @@
 """People's data: what is read from each format, what is left out, and that nothing is lost."""
 
-import errno
 import gzip
 import json
 import re
@@ -9,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from random import Random
 
+import conftest
 import pytest
 import rlhf
 from data import dataset, feedback, prepare
@@ -443,24 +443,14 @@ def test_mine_refuses_what_it_cannot_use(data, tmp_path, capsys):
 
 # ---- writing -----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("step", ["write_text", "mkdir"])
-def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(
-    step, data, tmp_path, monkeypatch, capsys
-):
+@pytest.mark.parametrize("size, name", [(100, "sft.jsonl"), (2500, "comparisons.jsonl")])
+def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(size, name, data, tmp_path, capsys):
+    """None of the files is replaced, not even those written before the disk was full."""
     path = lines(tmp_path / "rows.jsonl", pairs(range(30)))
     run("hh", path, data=data)
-    real, calls = Path.write_text, []
-
-    def full(self, *arguments, **more):
-        calls.append(self)
-        if step == "mkdir" or len(calls) == 4:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(self, *arguments, **more)
-
-    monkeypatch.setattr(Path, step, full)
-    sentence = refusal(capsys, "hh", path, "--seed", 9, data=data)
-    assert sentence == f"prepare.py: Cannot write into {data}: No space left on device."
-    assert calls
+    with conftest.disk_full(size):
+        sentence = refusal(capsys, "hh", path, "--seed", 9, data=data)
+    assert sentence == f"prepare.py: {data / name} cannot be written: File too large"
 
 
 def test_a_folder_that_cannot_be_made(tmp_path, tiny_data, monkeypatch):

@@ -1,0 +1,157 @@
+"""What goes wrong around the program: text from strangers, damaged files, a disk that is full."""
+
+import errno
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from random import Random
+
+import conftest
+import pytest
+import torch
+from conftest import ROOT
+from data import answers, formats, gpt2, label, prepare
+from data.formats import UserError, read_pretraining, replacing
+
+# ---- writing -----------------------------------------------------------------------------------
+
+
+def save(path: Path, tokenizer) -> None:
+    """As checkpoints are."""
+    with replacing(path) as file:
+        torch.save({"a": torch.zeros(5000)}, file)
+
+
+def keep_ids(path: Path, tokenizer) -> None:
+    os.utime(path.with_name("pretrain.txt"), (4e9, 4e9))  # newer than what is kept of it
+    read_pretraining(path.with_name("pretrain.txt"), tokenizer)
+
+
+RANKING = {"prompt": "A", "completions": ["b" * 3000, "c"], "ranks": [0, 1]}
+WRITERS = {  # the file: what writes it
+    "sft.pt": save,
+    "pretrain.1024.npy": keep_ids,
+    "model.safetensors": lambda path, _: gpt2.save_gpt2(conftest.gpt(), path.parent),
+    "comparisons.jsonl": lambda path, _: label.write_jsonl(path, [RANKING]),
+    "answers.jsonl": lambda path, _: answers.add_rankings(path, [RANKING]),
+    "prompts.jsonl": lambda path, _: prepare.write_files({path.name: "x" * 3000}, path.parent),
+}
+
+
+@pytest.fixture(params=WRITERS)
+def write(request, tmp_path, tokenizer):
+    """write() writes write.path, beside a text of 3,000 goats."""
+    (tmp_path / "pretrain.txt").write_text(" goat" * 3000)
+    path = tmp_path / request.param
+
+    def write():
+        WRITERS[request.param](path, tokenizer)
+
+    write.path = path
+    return write
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(write, *reasons: str) -> None:
+    """In one sentence, and all files are what they were."""
+    before = contents(write.path.parent)
+    with pytest.raises(UserError) as error:
+        write()
+    assert str(error.value) in [f"{write.path} cannot be written: {x}" for x in reasons]
+    assert contents(write.path.parent) == before
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 2500])
+def test_a_full_disk_leaves_what_was_there(write, size):
+    """Wherever it happens; nothing is left of the new file, and with room it can be written."""
+    for _ in range(2):
+        with conftest.disk_full(size):
+            refused(write, "File too large", "3001 requested and 1186 written")  # numpy's own
+        write()
+        assert not list(write.path.parent.glob("*.partial"))
+
+
+@pytest.mark.parametrize("step", ["open", "fsync", "replace"])
+def test_what_the_system_refuses_is_one_sentence(write, step, monkeypatch):
+    """A folder that may not be written, a disk that fails when all seems to be written."""
+    write()
+
+    def refuse(*arguments, **more):
+        raise OSError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        where = {"open": formats, "fsync": os, "replace": Path}[step]
+        patch.setattr(where, step, refuse, raising=False)
+        refused(write, "Permission denied")
+
+
+@pytest.mark.parametrize("path, reason", [
+    ("folder", "it is a folder"), ("file/x", "Not a directory"), ("file/y/x", "Not a directory"),
+    ("x" * 300, "File name too long")])
+def test_what_cannot_be_a_file_is_one_sentence(tmp_path, path, reason):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("before")
+    with pytest.raises(UserError) as error, replacing(tmp_path / path):
+        pytest.fail("nothing is to be written here")
+    assert str(error.value) == f"{tmp_path / path} cannot be written: {reason}"
+    assert contents(tmp_path) == {"file": b"before"}
+
+
+def test_a_mistake_of_ours_is_not_taken_for_a_full_disk(tmp_path):
+    """It passes, and what was there before stays all the same."""
+    (tmp_path / "file").write_text("before")
+    for mistake in (RuntimeError("CUDA error"), KeyError("x"), KeyboardInterrupt()):
+        with pytest.raises(type(mistake)), replacing(tmp_path / "file") as file:
+            file.write(b"after")
+            raise mistake
+    assert contents(tmp_path) == {"file": b"before"}
+
+
+def test_files_are_written_all_or_none(tmp_path):
+    """The last of them cannot be: a folder stands in its place."""
+    prepare.write_files({"a": "one", "b": "one"}, tmp_path)
+    (tmp_path / "c").mkdir()
+    with pytest.raises(UserError, match="c cannot be written: it is a folder"):
+        prepare.write_files({"a": "two", "b": "two", "c": "two"}, tmp_path)
+    assert contents(tmp_path) == {"a": b"one", "b": b"one"}
+
+
+KILLED = """
+from pathlib import Path
+from data.formats import replacing
+for i in range(10**9):
+    with replacing(Path({!r})) as file:
+        for _ in range(30):
+            file.write(b"%09d\\n" % i * 10_000)
+    print(i, flush=True)
+"""
+
+
+def kill(path: Path, times: int) -> int:
+    """The number of kills, at chance times, of what replaces a file all the time."""
+    rng, command = Random(0), [sys.executable, "-c", KILLED.format(str(path))]
+    for _ in range(times):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+        process.stdout.readline()  # the first is there
+        time.sleep(rng.random() / 20)
+        process.kill()
+        process.communicate()
+        content = path.read_bytes()
+        assert len(content) == 3_000_000 and content == content[:10] * 300_000
+        for partial in path.parent.glob("*.partial"):
+            partial.unlink()
+    return times
+
+
+def test_a_kill_while_a_file_is_replaced_leaves_a_whole_one(tmp_path):
+    assert kill(tmp_path / "file", 2)
+
+
+@pytest.mark.slow
+def test_a_hundred_kills_leave_a_whole_file(tmp_path):
+    assert kill(tmp_path / "file", 100)
