@@ -27,7 +27,7 @@ from typing import BinaryIO
 import numpy as np
 import tiktoken
 
-from data.rows import canonical, check, parse, render  # noqa: F401, for whoever reads rows
+from data.rows import canonical, check, own_turn, parse, render  # noqa: F401, for who reads rows
 
 EOT = "<|endoftext|>"  # GPT-2's only control token: parts documents, ends responses
 GPT2_RANKS = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"

@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # `python data/label.py` is to find rlhf.py
 from data import answers, fable, people  # noqa: E402
-from data.formats import gold_function, printable, replacing  # noqa: E402
+from data.formats import gold_function, own_turn, printable, replacing  # noqa: E402
 from model import ScalarModel  # noqa: E402
 from rlhf import Common, UserError, add_flags, complete, decode, get_tokenizer, load  # noqa: E402
 from rlhf import read_rows, responses, run, score_rows  # noqa: E402
@@ -84,8 +84,8 @@ def sample_completions(models: dict, rows: list[dict], tokenizer, rng: Random, c
         places = [i for i, own in enumerate(authors) for author in own if author == name]
         prompts = [rows[i]["prompt_ids"] for i in places]
         tokens, mask, _ = complete(model, prompts, tokenizer.eot_token, cfg.max_new_tokens)
-        for i, ids in zip(places, responses(tokens, mask)):  # a model may go on as the human: cut
-            completions[i].append(decode(tokenizer, ids).split("\n\nHuman:")[0])
+        for i, ids in zip(places, responses(tokens, mask)):
+            completions[i].append(own_turn(decode(tokenizer, ids)))
     strays = [rng.choice(completions[i]) for i in rng.sample(range(len(rows)), len(rows))]
     return [[*own, stray] for own, stray in zip(completions, strays)]
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from data.answers import now, question, read_answers, read_lines, replace, save
-from data.formats import UserError, decode, get_tokenizer, printable, read_rows
+from data.formats import UserError, decode, get_tokenizer, own_turn, printable, read_rows
 from model import GPT
 from rlhf import checkpoint, complete, load, responses, win_rate
 
@@ -241,7 +241,7 @@ def sample_answers(models: dict, authors: list[str], row: dict, tokenizer, cfg) 
         if prompts:
             tokens, mask, _ = complete(model, prompts, tokenizer.eot_token, cfg.max_new_tokens)
             texts += [decode(tokenizer, ids) for ids in responses(tokens, mask)]
-    return [text.split("\n\nHuman:")[0] for text in texts]  # a model may go on as the human: cut
+    return [own_turn(text) for text in texts]
 
 
 def compare(cfg, row: dict, completions: list[str], prompt: str, understand: Callable):

@@ -18,6 +18,11 @@ def render(messages: list[dict]) -> str:
     return "".join(turns) + "\n\nAssistant:"
 
 
+def own_turn(text: str) -> str:
+    """What a model wrote, up to where it goes on as the human."""
+    return text.split("\n\nHuman:")[0]
+
+
 def is_text(value) -> bool:
     return isinstance(value, str) and not SURROGATE.search(value)
 

@@ -12,6 +12,8 @@ import time
 from datetime import datetime
 from itertools import product
 from pathlib import Path
+from random import Random
+from types import SimpleNamespace
 
 import conftest
 import pytest
@@ -418,7 +420,31 @@ def test_blind_samples_each_answer_from_its_own_model(folder, type_in):
     assert len(rows_of(folder / "blind.jsonl")) == 1
 
 
+def test_what_a_person_is_shown_ends_where_the_humans_turn_begins(monkeypatch):
+    monkeypatch.setattr(people, "complete", lambda model, prompts, *_: (prompts, None, None))
+    monkeypatch.setattr(people, "responses", lambda prompts, _: prompts)
+    monkeypatch.setattr(people, "decode", lambda *_: " Yes.\n\nHuman: And?\n\nHuman: So?")
+    row, tokenizer = {"prompt": "A", "prompt_ids": [1]}, SimpleNamespace(eot_token=0)
+    texts = people.sample_answers({"a": None}, ["a", "a"], row, tokenizer, label.Label())
+    assert texts == [" Yes."] * 2
+
+
 # ---- a model in a person's place, and agreement ------------------------------------------------
+
+def test_the_last_completion_answers_another_prompt(monkeypatch):
+    """Of K completions; the others answer their own, and each ends where the human's turn begins."""
+    rows = [{"prompt_ids": [i]} for i in range(40)]
+    monkeypatch.setattr(label, "complete", lambda model, prompts, *_: (prompts, None, None))
+    monkeypatch.setattr(label, "responses", lambda prompts, _: prompts)
+    monkeypatch.setattr(label, "decode", lambda _, ids: f" to {ids[0]}\n\nHuman: And?")
+    cfg, tokenizer = label.Label(models="a,b", k_min=2, k_max=4), SimpleNamespace(eot_token=0)
+    made = label.sample_completions({"a": None, "b": None}, rows, tokenizer, Random(0), cfg)
+    strays = [texts.pop() for texts in made]
+    assert {len(texts) for texts in made} == {1, 2, 3}
+    assert all(set(texts) == {f" to {i}"} for i, texts in enumerate(made))
+    assert sorted(strays) == sorted(f" to {i}" for i in range(40))
+    assert sum(stray == f" to {i}" for i, stray in enumerate(strays)) < 5
+
 
 def test_a_reward_model_ranks_by_its_score(folder, type_in, tokenizer):
     """Completions that people have ranked: the order of its scores, and how far they agree."""
