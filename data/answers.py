@@ -12,10 +12,10 @@ from data.formats import UserError, read_row, read_text, replacing
 
 
 def read_lines(path: Path, *fields: str) -> list[tuple[str, dict]]:
-    """Each line of the file, raw and as `read_row` has it."""
+    """Each line of the file that is not blank, raw and as `read_row` has it."""
     lines = read_text(path).removesuffix("\n").split("\n")
     places = [f"{path}, line {i}" for i in range(1, len(lines) + 1)]
-    return [(x, read_row(x.encode(), where, fields)) for x, where in zip(lines, places)]
+    return [(x, read_row(x.encode(), where, fields)) for x, where in zip(lines, places) if x.strip()]
 
 
 def read_answers(path: Path, *fields: str) -> list[tuple[str, dict]]:

@@ -142,7 +142,7 @@ def length(row: dict | str, tokenizer) -> int:
     """Tokens of a document, or of a prompt with its longest completion, EOS included."""
     if isinstance(row, str):
         return len(encode(tokenizer, row)) + 1
-    prompt, ids = row_ids(row, tokenizer)
+    prompt, ids = row_ids(row, tokenizer, *row)
     return max(map(len, [prompt, *ids]))
 
 

@@ -5,7 +5,6 @@ A reader takes one object of a file and gives {"sft": rows, "comparisons": rows,
 what is right and still left out is counted in `notes`. White space around a message is dropped.
 """
 
-import math
 import os
 from collections import Counter
 
@@ -225,9 +224,8 @@ def ranked(row: dict) -> dict:
         row["completions"] = [each.get("completion") for each in both]
         row.setdefault("ranks", [each.get("rank") for each in both])
     if scores is not None and "ranks" not in row:
-        numbers = isinstance(scores, list) and all(type(x) in (int, float) for x in scores)
-        if not numbers or not all(map(math.isfinite, scores)):
-            raise ValueError(f"scores should be a list of finite numbers, not {brief(scores)}")
+        if not isinstance(scores, list) or not all(type(x) in (int, float) for x in scores):
+            raise ValueError(f"scores should be a list of numbers, not {brief(scores)}")
         row["ranks"] = [sum(other > score for other in scores) for score in scores]
     return row
 

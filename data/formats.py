@@ -142,12 +142,14 @@ def read_rows(path: Path, tokenizer: tiktoken.Encoding, longest: int, *required:
     """The rows of a file with, besides `required` fields, "prompt_ids" and, for completions, "ids".
 
     `ids` has prompt, completion and EOS; tokens are joined, not text, so that no merge crosses
-    over. Rows over `longest` tokens are left out, as in the paper (C.4). Raises UserError with
-    file, line and field.
+    over. Rows over `longest` tokens are left out, as in the paper (C.4), and counted. Raises
+    UserError with file, line and field.
     """
     rows = [read_row(line, where, required) for where, line in numbered(path)]
+    if not rows:
+        raise UserError(f"{path} has no rows")
     for row in rows:
-        row["prompt_ids"], row["ids"] = row_ids(row, tokenizer)
+        row["prompt_ids"], row["ids"] = row_ids(row, tokenizer, *required)
     fitting = [row for row in rows if max(map(len, [row["prompt_ids"], *row["ids"]])) <= longest]
     if len(fitting) < len(rows):
         left_out = len(rows) - len(fitting)
@@ -167,10 +169,11 @@ def read_row(line: bytes, where: str, required: tuple[str, ...]) -> dict:
     return row
 
 
-def row_ids(row: dict, tokenizer: tiktoken.Encoding) -> tuple[list[int], list[list[int]]]:
-    """Of the prompt, and of the prompt with each completion and EOS."""
+def row_ids(row: dict, tokenizer, *fields: str) -> tuple[list[int], list[list[int]]]:
+    """Of the prompt, and of the prompt with each completion and EOS, if `fields` ask for them."""
     prompt = encode(tokenizer, row["prompt"])
-    texts = row.get("completions") or ([row["completion"]] if "completion" in row else [])
+    one = [row["completion"]] if "completion" in fields else []
+    texts = row["completions"] if "completions" in fields else one
     return prompt, [prompt + encode(tokenizer, text) + [tokenizer.eot_token] for text in texts]
 
 
@@ -178,6 +181,17 @@ def read_demonstrations(path: Path, tokenizer, longest: int) -> list[tuple[list[
     """(ids, prompt_len) pairs, as for lm_pass."""
     rows = read_rows(path, tokenizer, longest, "prompt", "completion")
     return [(row["ids"][0], len(row["prompt_ids"])) for row in rows]
+
+
+def read_comparisons(path: Path, tokenizer, longest: int) -> list[dict]:
+    """Rankings, as read_rows has them. Those all tied stay and are counted: they teach nothing."""
+    rows = read_rows(path, tokenizer, longest, "prompt", "completions", "ranks")
+    tied = sum(len(set(row["ranks"])) == 1 for row in rows)
+    if tied == len(rows):
+        raise UserError(f"{path} has no ranking in which one completion is better than another")
+    if tied:
+        print(f"{path}: {tied} of {len(rows)} rankings are all ties, which teach nothing")
+    return rows
 
 
 def read_pretraining(path: Path, tokenizer: tiktoken.Encoding) -> list[np.ndarray]:
@@ -188,11 +202,24 @@ def read_pretraining(path: Path, tokenizer: tiktoken.Encoding) -> list[np.ndarra
     try:
         if not path.exists() or not cache.exists() or cache.stat().st_mtime < newest:
             write_ids(cache, path, tokenizer)
-        ids = np.asarray(np.load(cache, mmap_mode="r"))
+        ids = kept_ids(cache, tokenizer)
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"{cache}, the tokens of {path.name}, cannot be kept: {error}") from None
     ends = np.flatnonzero(ids == eos) + 1
     return [ids[start:end] for start, end in zip([0, *ends], ends)]
+
+
+def kept_ids(cache: Path, tokenizer: tiktoken.Encoding) -> np.ndarray:
+    """Mapped, not read; ValueError unless they are whole, and ids of this vocabulary."""
+    ids = np.lib.format.open_memmap(cache, mode="r")
+    whole = ids.ndim == 1 and ids.size and ids.offset + ids.nbytes == cache.stat().st_size
+    if not whole or ids.dtype != id_type(tokenizer) or ids.max() >= tokenizer.n_vocab:
+        raise ValueError("it is damaged; delete it, and it is made anew")
+    return np.asarray(ids)
+
+
+def id_type(tokenizer: tiktoken.Encoding) -> type:
+    return np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
 
 
 def write_ids(cache: Path, path: Path, tokenizer: tiktoken.Encoding) -> None:
@@ -200,8 +227,7 @@ def write_ids(cache: Path, path: Path, tokenizer: tiktoken.Encoding) -> None:
     texts = [text for text in read_text(path).split(EOT) if text]
     if not texts:
         raise UserError(f"{path} has no text")
-    dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
-    encoded = (encode(tokenizer, text) for text in texts)
+    encoded, dtype = (encode(tokenizer, text) for text in texts), id_type(tokenizer)
     ids = np.concatenate([np.array([*ids, tokenizer.eot_token], dtype) for ids in encoded])
     with replacing(cache) as file:
         np.save(file, ids)

@@ -5,6 +5,7 @@ reads the file adds its name and the line. What is quoted from a row is ASCII an
 """
 
 import json
+import math
 import re
 from collections import Counter
 
@@ -36,7 +37,8 @@ def brief(value) -> str:
 def decode_json(text: bytes):
     """Any value, without the numbers and the doubled fields that Python's reader lets pass."""
     try:
-        return json.loads(text.decode(), object_pairs_hook=unique, parse_constant=not_a_number)
+        return json.loads(text.decode(), object_pairs_hook=unique, parse_float=finite,
+                          parse_constant=finite)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise ValueError(f"not JSON: {error.msg} at {place}column {error.colno}") from None
@@ -58,8 +60,12 @@ def unique(pairs: list[tuple]) -> dict:
     return dict(pairs)
 
 
-def not_a_number(name: str):
-    raise ValueError(f"a number should be finite, not {name}")
+def finite(text: str) -> float:
+    """NaN and Infinity are no JSON; 1e999 is, and would become one of them."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"a number should be finite, not {text[:20]}")
+    return value
 
 
 def checked_messages(messages) -> list[dict]:
@@ -103,6 +109,8 @@ def expected(row: dict, field: str) -> str:
         return "" if is_text(value) and value else "a non-empty string of valid Unicode"
     if field in ("completion", "labeler"):
         return "" if is_text(value) else "a string of valid Unicode"
+    if field == "round":
+        return "" if type(value) is int else "a whole number"
     if field == "completions":
         several = isinstance(value, list) and len(value) > 1 and all(map(is_text, value))
         return "" if several else "a list of at least two strings of valid Unicode"
@@ -113,6 +121,6 @@ def expected(row: dict, field: str) -> str:
 
 def check(row: dict, *required: str) -> None:
     """The required fields, and whichever of the others are there."""
-    for field in ("prompt", "completion", "completions", "ranks", "labeler"):
+    for field in ("prompt", "completion", "completions", "ranks", "labeler", "round"):
         if (field in required or field in row) and (should := expected(row, field)):
             raise ValueError(f"{field} should be {should}, not {brief(row.get(field))}")

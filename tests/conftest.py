@@ -1,10 +1,14 @@
 """What the tests share: seeds, models small enough to enumerate, a data set of a few rows."""
 
 import copy
+import functools
+import json
+import operator
 import resource
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import rlhf  # noqa: E402
 from data import fable, prepare  # noqa: E402
+from data.formats import EOT, UserError  # noqa: E402
 from model import GPT, GPTConfig, ScalarModel  # noqa: E402
 
 
@@ -126,6 +131,64 @@ def disk_full(size: int):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# ---- text from strangers ------------------------------------------------------------------------
+
+ODD = [None, True, 0, -1, 1.5, 10**25, 10**400, float("nan"), "", " ", "\0", "\ud800",
+       "\udfff\ud800", "🦉", EOT, "x" * 3000, "\x1b[2J", "\u2028", "\r\n", [], {}, [[]], [None],
+       ["a", "a"], [0, 10**20], [0, 0], {"role": "user"}]
+SPLICES = [b"", b"\0", b"\xff", b"\xed\xa0\x80", b"NaN", b"Infinity", b"1e999", b'"', b"\\",
+           b"\\ud800", b"{", b"]", b",", b"[" * 3000, b"\r", b"\n", b"9" * 5000, b"\xef\xbb\xbf",
+           b"null", b'"prompt":"P",', EOT.encode(), b"\x1f\x8b"]
+
+
+def places(value, path=()) -> list[tuple]:
+    """The way to everything within a JSON value."""
+    items = value.items() if isinstance(value, dict) else (
+        enumerate(value) if isinstance(value, list) else ())
+    return [way for key, x in items for way in [(*path, key), *places(x, (*path, key))]]
+
+
+def garbled(content: bytes, rng: Random) -> bytes:
+    """Bytes cut out, spliced in, flipped, copied from elsewhere, or the end cut off."""
+    start = rng.randrange(len(content) + 1)
+    end = start + rng.choice([0, 0, 1, 5, 500])
+    middle = rng.choice([rng.choice(SPLICES), rng.choice(SPLICES), rng.randbytes(1),
+                         content[end:][:20], content[end:][:20][::-1]])
+    return content[:start] + middle + (b"" if rng.random() < 0.1 else content[end:])
+
+
+def mutated(row: dict, rng: Random) -> bytes:
+    """A line: a field's value replaced, removed or under another name; its bytes garbled."""
+    row = copy.deepcopy(row)
+    for _ in range(rng.choice([0, 0, 1, 1, 2])):
+        if not row:
+            break
+        *way, last = rng.choice(places(row))
+        holder = functools.reduce(operator.getitem, way, row)
+        if rng.random() < 0.25:
+            value = holder.pop(last)
+            if isinstance(holder, dict) and rng.random() < 0.5:
+                holder[rng.choice([*row, "ranks", "completion", "text", "\ud800"])] = value
+        else:
+            holder[last] = copy.deepcopy(rng.choice(ODD))
+    line = json.dumps(row, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
+    for _ in range(rng.choice([0, 0, 0, 1, 1, 3])):
+        line = garbled(line, rng)
+    return line.replace(b"\n", b" ")
+
+
+def outcome(action):
+    """What it returns, or the sentence with which it ends; any other exception is a failure."""
+    try:
+        return action()
+    except UserError as error:
+        assert str(error) and len(str(error)) < 600 and str(error).isprintable()
+        return str(error)
+
+
+# ---- what models are made of ----------------------------------------------------------------------
 
 
 def gradients(model: torch.nn.Module) -> torch.Tensor:

@@ -1,19 +1,98 @@
 """What goes wrong around the program: text from strangers, damaged files, a disk that is full."""
 
 import errno
+import gzip
 import os
+import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from random import Random
 
 import conftest
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, garbled, mutated, outcome
 from data import answers, formats, gpt2, label, prepare
-from data.formats import UserError, read_pretraining, replacing
+from data.formats import EOT, UserError, read_pretraining, read_row, read_rows, replacing
+
+# ---- rows of strangers --------------------------------------------------------------------------
+
+NEEDS = ("prompt",), ("prompt", "completion"), ("prompt", "completions", "ranks")
+USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+ROWS = [{"prompt": "A", "completion": "b", "labeler": "me", "round": 1},
+        {"prompt": "A", "completions": ["b", "c", ""], "ranks": [0, 1, 1], "labeler": "me"},
+        {"prompt": "A", "chosen": "b", "rejected": "c"}, {"messages": [USER, ANSWER]},
+        {"messages": [USER], "completions": ["b", "c"]}, {"prompt": "A " * 50, "completion": " b"},
+        {"prompt": "A", "completion": "b", "chosen": "c", "rejected": "d"}]
+
+
+def check_rows(path: Path, required: tuple, tokenizer, capsys) -> tuple[int, int, int]:
+    """(rows used, left out, refused): all that are there, or none and the first bad line's number.
+    """
+    packed = path.suffix == ".gz"
+    content = gzip.decompress(path.read_bytes()) if packed else path.read_bytes()
+    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    numbers = [i for i, line in enumerate(lines) if line.strip()]
+    bad = [i for i in numbers if isinstance(outcome(lambda: read_row(lines[i], "", required)), str)]
+    capsys.readouterr()
+    found = outcome(lambda: read_rows(path, tokenizer, 40, *required))
+    said = re.search(r"(\d+) of (\d+) rows are over 40 tokens", capsys.readouterr().out)
+    left_out = int(said[1]) if said else 0
+    if bad:
+        assert found.startswith(f"{path}, line {bad[0] + 1}: ")
+    elif left_out == len(numbers):
+        assert found == f"{path} has no row" + (" of at most 40 tokens" if numbers else "s")
+    else:
+        assert len(found) + left_out == len(numbers)
+        check_ids(found, required, tokenizer)
+    return (0, 0, len(numbers)) if bad else (len(numbers) - left_out, left_out, 0)
+
+
+def check_ids(rows: list[dict], required: tuple, tokenizer) -> None:
+    """They are those of the prompt, and of the completions that are required."""
+    def text(ids: list[int]) -> str:
+        return tokenizer.decode_bytes(ids).decode()
+
+    for row in rows:
+        assert text(row["prompt_ids"]) == row["prompt"] and len(row["prompt_ids"]) <= 40
+        texts = [row[name] for name in required if name == "completion"]
+        texts = row["completions"] if "completions" in required else texts
+        assert [text(ids) for ids in row["ids"]] == [f"{row['prompt']}{x}{EOT}" for x in texts]
+        assert all(len(ids) <= 40 for ids in row["ids"])
+        assert "ranks" not in required or len(row["ranks"]) == len(row["ids"])
+
+
+def fuzz_rows(count: int, path: Path, tokenizer, capsys) -> Counter:
+    """Files of mutated lines, of those of them that can be read, and files garbled as a whole."""
+    rng, totals = Random(0), Counter()
+    while totals.total() < count:
+        required = rng.choice(NEEDS)
+        lines = [mutated(rng.choice(ROWS), rng) for _ in range(20)]
+        good = [x for x in lines if isinstance(outcome(lambda: read_row(x, "", required)), dict)]
+        for batch in (lines, good, good[:1]):
+            content = rng.choice([b"\n", b"\r\n", b"\n \n"]).join([b"", *batch, b""])
+            content = garbled(content, rng) if rng.random() < 0.3 else content
+            content = rng.choice([b"", b"\xef\xbb\xbf"]) + content
+            path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+            counts = check_rows(path, required, tokenizer, capsys)
+            totals.update(dict(zip(("used", "left out", "refused"), counts)))
+    return totals
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_mutated_rows_are_used_or_reported(name, tmp_path, tokenizer, capsys):
+    totals = fuzz_rows(1000, tmp_path / name, tokenizer, capsys)
+    assert totals["used"] > 100 and totals["left out"] > 10 and totals["refused"] > 300
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_twenty_thousand_mutated_rows_are_used_or_reported(name, tmp_path, tokenizer, capsys):
+    print(fuzz_rows(10_000, tmp_path / name, tokenizer, capsys))
+
 
 # ---- writing -----------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from random import Random
 import conftest
 import pytest
 import rlhf
+from conftest import mutated, outcome
 from data import dataset, feedback, prepare
 from data.formats import EOT, UserError, read_demonstrations, read_pretraining, read_rows
 
@@ -482,59 +483,16 @@ SEEDS = {
              {"prompt": "Q", "label": False},
              {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}],
 }
-ODD = [None, True, 0, -1, 1.5, 10**25, "", " ", "\0", "\ud800", "\udfff\ud800", "🦉", EOT,
-       "x" * 3000, "\x1b[2J", "\u2028", "\r\n", [], {}, [[]], [None], ["a", "a"], [0, 10**20],
-       {"role": "user"}]
-SPLICES = [b"", b"\0", b"\xff", b"\xed\xa0\x80", b"NaN", b"Infinity", b"1e999", b'"', b"\\",
-           b"\\ud800", b"{", b"]", b",", b"[" * 3000, b"\r", b"9" * 5000, b"\xef\xbb\xbf",
-           b"null", b'"prompt":"P",']
-
-
-def places(value, path=()) -> list[tuple]:
-    """The way to everything within a JSON value."""
-    items = value.items() if isinstance(value, dict) else (
-        enumerate(value) if isinstance(value, list) else ())
-    return [way for key, x in items for way in [(*path, key), *places(x, (*path, key))]]
-
-
-def mutated(row: dict, rng: Random) -> bytes:
-    """A value replaced, removed or renamed; a key doubled; bytes cut, spliced or swapped."""
-    row = json.loads(json.dumps(row))
-    for _ in range(rng.choice([0, 0, 1, 1, 2])):
-        *way, last = rng.choice(places(row))
-        holder = row
-        for key in way:
-            holder = holder[key]
-        if rng.random() < 0.25:
-            del holder[last]
-        else:
-            holder[last] = rng.choice(ODD)
-        if not places(row):
-            break
-    line = json.dumps(row, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
-    for _ in range(rng.choice([0, 0, 0, 1, 1, 3])):
-        start = rng.randrange(len(line) + 1)
-        line = line[:start] + rng.choice(SPLICES) + line[start + rng.choice([0, 0, 1, 5, 500]):]
-    return line.replace(b"\n", b" ")
-
-
-def outcome(action):
-    """What it returns, or None where it ends with a UserError; any other exception is a failure."""
-    try:
-        return action()
-    except UserError as error:
-        assert str(error) and len(str(error)) < 600
-        return None
 
 
 def fuzz(count: int, folder: Path, tokenizer, capsys) -> Counter:
-    """Mutated lines through every reader, through the whole of prepare.py, and the stages' own."""
+    """Mutated lines through every reader and through the whole of prepare.py."""
     rng, totals = Random(0), Counter()
     path, per_file = folder.parent / "rows.jsonl", 25
     for start in range(0, count, per_file):
         name = rng.choice(list(READERS))
         batch = [mutated(rng.choice(SEEDS[name]), rng) for _ in range(per_file)]
-        path.write_bytes(rng.choice([b"\n", b"\r\n"]).join(batch) + rng.choice([b"", b"\n"]))
+        path.write_bytes(rng.choice([b"\n", b"\r\n"]).join([b"", *batch, b""]))
         rows = sum(bool(line.strip()) for line in batch)
         capsys.readouterr()
         found = dataset.read([path], READERS[name], notes := Counter(), skip_bad=True)
@@ -545,12 +503,8 @@ def fuzz(count: int, folder: Path, tokenizer, capsys) -> Counter:
         assert left_out <= sum(notes.values())
         totals.update(used=used, left_out=left_out, bad=bad)
         strict = outcome(lambda: dataset.read([path], READERS[name], Counter(), skip_bad=False))
-        assert (strict is None) == (bad > 0) and (strict is None or strict == found)
+        assert isinstance(strict, str) if bad else strict == found
         through(name, path, folder, found, tokenizer, capsys)
-        for line in batch:
-            path.write_bytes(line)
-            outcome(lambda: read_rows(path, tokenizer, 256, "prompt"))
-            outcome(lambda: read_rows(path, tokenizer, 256, "prompt", "completions", "ranks"))
     return totals
 
 
@@ -594,4 +548,4 @@ def test_gzip_cut_anywhere(data, tmp_path, tokenizer):
     for n in range(len(whole) + 1):
         path.write_bytes(whole[:n])
         rows = outcome(lambda: read_rows(path, tokenizer, 100, "prompt"))
-        assert (rows is not None) == (n == len(whole))
+        assert isinstance(rows, list) == (n == len(whole))
