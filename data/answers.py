@@ -5,10 +5,11 @@ Whoever is stopped, by a kill even, has lost nothing: what has been answered is 
 
 import json
 import os
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 
-from data.formats import UserError, read_row, read_text, replacing
+from data.formats import UserError, read_bytes, read_row, read_text, replacing
 
 
 def read_lines(path: Path, *fields: str) -> list[tuple[str, dict]]:
@@ -62,6 +63,13 @@ def overwrite(path: Path, content: bytes) -> None:
     """All or nothing."""
     with replacing(path) as file:
         file.write(content)
+
+
+def keep(paths: Iterable[Path]) -> None:
+    """UserError if one of these files, about to be written anew, has what people or models added."""
+    for path in filter(Path.exists, paths):
+        if count := read_bytes(path).count(b'"time": "'):  # a field that only their rows have
+            raise UserError(f"{path} has answers by people or models ({count}): move it first")
 
 
 def save(path: Path, row: dict) -> str:

@@ -211,7 +211,10 @@ def read_pretraining(path: Path, tokenizer: tiktoken.Encoding) -> list[np.ndarra
 
 def kept_ids(cache: Path, tokenizer: tiktoken.Encoding) -> np.ndarray:
     """Mapped, not read; ValueError unless they are whole, and ids of this vocabulary."""
-    ids = np.lib.format.open_memmap(cache, mode="r")
+    try:
+        ids = np.lib.format.open_memmap(cache, mode="r")
+    except Exception as error:  # of a dozen kinds: the header is an expression in Python
+        raise ValueError(error) from None
     whole = ids.ndim == 1 and ids.size and ids.offset + ids.nbytes == cache.stat().st_size
     if not whole or ids.dtype != id_type(tokenizer) or ids.max() >= tokenizer.n_vocab:
         raise ValueError("it is damaged; delete it, and it is made anew")

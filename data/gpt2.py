@@ -23,7 +23,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that `python data/gpt2.py` finds rlhf.py
 import rlhf  # noqa: E402
 from data.download import fetch  # noqa: E402
-from data.formats import UserError, replacing  # noqa: E402
+from data.formats import UserError, printable, replacing  # noqa: E402
+from data.rows import brief  # noqa: E402
 from model import GPT, GPTConfig, ScalarModel  # noqa: E402
 
 # openai-community/NAME on the hub: the revision, and the SHA-256 of its model.safetensors (None:
@@ -66,8 +67,8 @@ def read_entry(name: str, entry: dict) -> tuple[int, int, str, torch.dtype, list
     except (LookupError, TypeError, ValueError):
         whole = False
     if not whole:
-        raise ValueError(f"{name} is described as {json.dumps(entry)[:100]}, where a known dtype, "
-                         "a shape and two data_offsets are expected")
+        raise ValueError(f"{name} is described as {brief(entry)}, where a known dtype, a shape and "
+                         "two data_offsets are expected")
     if end - start != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name} has {end - start} bytes, its shape {shape} needs "
                          f"{math.prod(shape) * dtype.itemsize}")
@@ -139,7 +140,7 @@ def read_config(path: Path) -> GPTConfig:
     sizes = {ours: found.get(theirs) for ours, theirs in SIZES.items()}
     for ours, theirs in SIZES.items():
         if type(sizes[ours]) is not int or not 0 < sizes[ours] <= 10**6:
-            value = json.dumps(sizes[ours])[:60]
+            value = brief(sizes[ours])
             raise UserError(f"{path}: {theirs} should be a whole number above 0, not {value}")
     width, heads = sizes["n_embd"], sizes["n_head"]
     if width % heads:
@@ -148,7 +149,8 @@ def read_config(path: Path) -> GPTConfig:
         found["n_inner"] = None
     for field, value in FIXED.items():
         if found[field] != value:
-            raise UserError(f"{path}: {field} is {found[field]!r}, our model has {value!r} alone")
+            other, own = brief(found[field]), brief(value)
+            raise UserError(f"{path}: {field} is {other}, our model has {own} alone")
     return GPTConfig(**sizes)
 
 
@@ -338,7 +340,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         {"load": load_command, "save": save_command}[args.command](args)
     except UserError as error:
-        sys.exit(f"gpt2: {error}")
+        sys.exit(f"gpt2: {printable(str(error))}")
     except KeyboardInterrupt:
         sys.exit("\ngpt2: stopped")
 

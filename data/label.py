@@ -132,9 +132,7 @@ def describe_agreement(rankings: list[dict]) -> str:
 
 def scripted(cfg: Label) -> None:
     """`label`, which writes its files anew, unless that would lose what people have ranked."""
-    for path in Path(cfg.data).glob("comparisons*.jsonl"):  # the scripted rows have no "time"
-        if ranked := path.read_bytes().count(b'"time": "'):
-            raise UserError(f"{path} has rankings by people or models ({ranked}): move it first")
+    answers.keep(Path(cfg.data).glob("comparisons*.jsonl"))
     label(cfg)
 
 

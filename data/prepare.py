@@ -24,7 +24,7 @@ from random import Random
 import tiktoken
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that `python data/prepare.py` finds data
-from data import dataset, fable, feedback  # noqa: E402
+from data import answers, dataset, fable, feedback  # noqa: E402
 from data.bpe import tiktoken_file, train_bpe  # noqa: E402
 from data.download import fetch  # noqa: E402
 from data.formats import EOT, UserError, get_tokenizer, replacing  # noqa: E402
@@ -39,7 +39,9 @@ def json_lines(rows: list[dict]) -> str:
 
 
 def write_files(files: dict[str, str], out: Path):
-    """All of them or none: the first takes its place when the last is written."""
+    """All of them or none: the first takes its place when the last is written. Raises UserError
+    where people have added rows, which would be lost."""
+    answers.keep(out / name for name in files if name.endswith(".jsonl"))
     with ExitStack() as stack:
         for name, text in files.items():
             file = stack.enter_context(replacing(out / name))

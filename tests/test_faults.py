@@ -4,9 +4,11 @@ import errno
 import gzip
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from random import Random
@@ -16,7 +18,9 @@ import pytest
 import torch
 from conftest import ROOT, garbled, mutated, outcome
 from data import answers, formats, gpt2, label, prepare
-from data.formats import EOT, UserError, read_pretraining, read_row, read_rows, replacing
+from data.formats import (
+    EOT, UserError, encode, get_tokenizer, read_pretraining, read_row, read_rows, replacing,
+)
 
 # ---- rows of strangers --------------------------------------------------------------------------
 
@@ -92,6 +96,91 @@ def test_mutated_rows_are_used_or_reported(name, tmp_path, tokenizer, capsys):
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
 def test_twenty_thousand_mutated_rows_are_used_or_reported(name, tmp_path, tokenizer, capsys):
     print(fuzz_rows(10_000, tmp_path / name, tokenizer, capsys))
+
+
+# ---- damaged files -----------------------------------------------------------------------------
+
+TEXT = f"The goat eats. {EOT}\r\n\0Grüße 🦉 {EOT}{EOT}" * 20
+
+
+def read_vocabulary(path: Path, tokenizer) -> None:
+    """What can be read encodes any text."""
+    own = get_tokenizer(path.parent)
+    assert own.decode(encode(own, TEXT)) == TEXT and own.eot_token == own.n_vocab - 1
+
+
+def read_text_again(path: Path, tokenizer) -> None:
+    """All documents, whatever stands in them."""
+    path.with_suffix(".1024.npy").unlink(missing_ok=True)
+    documents = read_pretraining(path, tokenizer)
+    content = path.read_bytes()
+    content = gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
+    texts = content.removeprefix(b"\xef\xbb\xbf").decode().replace("\r\n", "\n").split(EOT)
+    whole = [tokenizer.decode(ids[:-1].tolist()) for ids in documents]
+    assert whole == [text for text in texts if text]
+    assert all(ids[-1] == tokenizer.eot_token for ids in documents)
+
+
+def read_kept(path: Path, tokenizer) -> None:
+    """As many tokens as there were, none of which is beyond the vocabulary."""
+    os.utime(path, (4e9, 4e9))
+    documents = read_pretraining(path.with_name("pretrain.txt"), tokenizer)
+    assert sum(map(len, documents)) == (path.stat().st_size - 128) / 2
+    assert all(ids.max() < tokenizer.n_vocab for ids in documents)
+
+
+def read_tensors(path: Path, tokenizer) -> None:
+    """Every byte after the header is one of a tensor's."""
+    tensors, header = gpt2.read_safetensors(path), int.from_bytes(path.read_bytes()[:8], "little")
+    assert sum(x.nbytes for x in tensors.values()) == path.stat().st_size - 8 - header
+
+
+READERS = {"tokenizer.tiktoken": read_vocabulary, "pretrain.txt": read_text_again,
+           "pretrain.1024.npy": read_kept, "model.safetensors": read_tensors,
+           "config.json": lambda path, _: gpt2.read_config(path)}
+
+
+@pytest.fixture
+def whole(tmp_path, tiny_data, tokenizer) -> Path:
+    """A folder with a file of each kind."""
+    gpt2.save_gpt2(conftest.gpt(n_layer=1), tmp_path)
+    (tmp_path / "pretrain.txt").write_text(TEXT, newline="")
+    read_pretraining(tmp_path / "pretrain.txt", tokenizer)
+    shutil.copy(tiny_data / "tokenizer.tiktoken", tmp_path)
+    return tmp_path
+
+
+def fuzz_files(count: int, path: Path, tokenizer) -> Counter:
+    """Garbled near the start, where headers are, or anywhere, a few times; read or refused, and
+    never more memory than a few times what a whole one takes."""
+    rng, totals, content = Random(0), Counter(), path.read_bytes()
+    for _ in range(count):
+        damaged = content
+        for _ in range(rng.choice([1, 1, 2])):
+            start = rng.choice([100, 1000, len(content)])
+            damaged = garbled(damaged[:start], rng) + damaged[start:]
+        path.write_bytes(damaged)
+        tracemalloc.start()
+        sentence = outcome(lambda: READERS[path.name](path, tokenizer))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 2**22, damaged[:3000]
+        refused = isinstance(sentence, str)
+        totals["refused" if refused else "read"] += 1
+        assert not refused or str(path) in sentence
+    return totals
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_damaged_files_are_read_or_refused(name, whole, tokenizer):
+    totals = fuzz_files(60, whole / name, tokenizer)
+    assert totals["refused"] > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", READERS)
+def test_two_thousand_damaged_files_are_read_or_refused(name, whole, tokenizer):
+    print(name, fuzz_files(2000, whole / name, tokenizer))
 
 
 # ---- writing -----------------------------------------------------------------------------------

@@ -522,7 +522,7 @@ def test_agreement_of_each_two_labelers(folder, type_in):
 def test_scripted_labelers_do_not_write_over_peoples_work(folder, type_in):
     type_in("--by anna --models a --k_max 4", "1 2 3 4", "quit")
     before = (folder / "comparisons.jsonl").read_bytes()
-    with pytest.raises(SystemExit, match=r"has rankings by people or models \(1\): move it first"):
+    with pytest.raises(SystemExit, match=r"has answers by people or models \(1\): move it first"):
         type_in("")
     assert (folder / "comparisons.jsonl").read_bytes() == before
 

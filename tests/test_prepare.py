@@ -12,7 +12,7 @@ import conftest
 import pytest
 import rlhf
 from conftest import mutated, outcome
-from data import dataset, feedback, prepare
+from data import answers, dataset, fable, feedback, prepare
 from data.formats import EOT, UserError, read_demonstrations, read_pretraining, read_rows
 
 ASSISTANT = "\n\nAssistant:"
@@ -467,6 +467,21 @@ def test_what_was_there_before_is_named(data, tmp_path, capsys):
     (data / "probes.jsonl").write_text("{}\n")
     run("hh", lines(tmp_path / "rows.jsonl", pairs(range(30))), data=data)
     assert "There before, and left as it is: probes.jsonl\n" in capsys.readouterr().out
+
+
+def test_what_people_added_is_not_written_over(data, tmp_path, capsys):
+    """Demonstrations that they wrote, rankings of theirs; moved away, all goes on."""
+    path = lines(tmp_path / "rows.jsonl", pairs(range(30)))
+    for name in ("sft.jsonl", "comparisons_valid.jsonl"):
+        run("hh", path, data=data)
+        run("hh", path, data=data)  # its own rows it may write again
+        answers.save(data / name, {"prompt": "A", "completion": " b", "time": answers.now()})
+        assert f"{name} has answers by people or models (1): move" in refusal(
+            capsys, "hh", path, data=data)
+        (data / name).rename(tmp_path / name)
+    with pytest.raises(UserError, match="sft.jsonl has answers"):
+        prepare.write_all(fable.make(1, 0.003), tmp_path)
+    assert rows_of(tmp_path / "sft.jsonl")[-1]["prompt"] == "A"
 
 
 # ---- thousands of mutated lines ----------------------------------------------------------------
