@@ -27,6 +27,7 @@ import argparse
 import codecs
 import copy
 import ctypes
+import difflib
 import inspect
 import json
 import math
@@ -36,7 +37,6 @@ import sys
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import NamedTuple
 
 import numpy as np
@@ -45,9 +45,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from checkpoint import Log, checkpoint, load, save
 from data.formats import (
-    UserError, decode, get_tokenizer, gold_function, passages, printable, read_demonstrations,
-    read_pretraining, read_rows, render,
+    UserError, decode, encode, fingerprint, get_tokenizer, gold_function, own_turn, passages,
+    printable, read_demonstrations, read_pretraining, read_rows, render, replacing,
 )
 from model import GPT, PRESETS, GPTConfig, ScalarModel, generate, multiple, pad_right, stream
 from parallel import RANK, all_sum, broadcast, gather, joined, share, stop, sum_gradients, unshare
@@ -175,6 +176,14 @@ def sequence_scores(reward_model: ScalarModel, tokens: Tensor, total_lens: Tenso
     """r(x, y), read at each row's last token, EOS: (B, T), (B,) -> (B,)."""
     return reward_model(tokens)[torch.arange(len(tokens)), total_lens - 1]
 
+def finite(x: Tensor, name: str, rows) -> Tensor:
+    """x (N, ...), or UserError naming those of the N rows in which something is NaN or infinite."""
+    fine = x.detach().isfinite().reshape(len(x), -1).all(1).tolist()
+    if not all(fine):
+        bad = ", ".join(str(row) for row, good in zip(rows, fine) if not good)
+        raise UserError(f"not finite: {name} {bad}; the step is not taken")
+    return x
+
 def chunks(rows, size: int) -> list:
     """Consecutive parts of at most `size`."""
     return [rows[i : i + size] for i in range(0, len(rows), size)]
@@ -186,12 +195,13 @@ def lm_pass(policy: GPT, rows: list[tuple], cfg: "Common", coef: float = 1.0) ->
     """
     count = sum(len(ids) - prompt_len for ids, prompt_len in rows)
     total = 0.0
-    rows = sorted(rows, key=lambda row: len(row[0]))  # like lengths together: less padding
-    for part in chunks(share(rows), cfg.microbatch_size):
-        tokens, total_lens = pad_right([ids for ids, _ in part], cfg.device)
-        prompt_lens = torch.tensor([prompt_len for _, prompt_len in part], device=cfg.device)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))  # like lengths: less padding
+    for part in chunks(share(order), cfg.microbatch_size):
+        tokens, total_lens = pad_right([rows[i][0] for i in part], cfg.device)
+        prompt_lens = torch.tensor([rows[i][1] for i in part], device=cfg.device)
         mask = action_mask(prompt_lens, total_lens, tokens.size(1))
-        loss = lm_loss(token_logprobs(policy, tokens, mask), mask, count)
+        logprobs = finite(token_logprobs(policy, tokens, mask), "log-probabilities of rows", part)
+        loss = lm_loss(logprobs, mask, count)
         if torch.is_grad_enabled():
             (coef * loss).backward()
         total += loss.item()
@@ -217,6 +227,14 @@ def complete(policy: GPT, prompts: list[list[int]], eos: int, max_new_tokens: in
     prompt_lens = torch.tensor([len(prompt) for prompt in prompts], device=tokens.device)
     return tokens, action_mask(prompt_lens, total_lens, tokens.size(1)), total_lens
 
+def room(policy: GPT, cfg: "Common") -> int:
+    """The longest prompt that leaves room for a response, in tokens; UserError if none does."""
+    context = policy.config.block_size
+    if cfg.max_new_tokens >= context:
+        sentence = f"should leave room for a prompt in the model's context of {context} tokens"
+        raise UserError(f"--max_new_tokens {cfg.max_new_tokens}: {sentence}")
+    return context - cfg.max_new_tokens
+
 def responses(tokens: Tensor, mask: Tensor) -> list[list[int]]:
     """The ids of each row's response, EOS included."""
     return [row[own > 0].tolist() for row, own in zip(tokens[:, 1:], mask)]
@@ -234,11 +252,11 @@ def cosine(progress: float) -> float:
 
 def update(model: torch.nn.Module, optimizer: torch.optim.Adam, learning_rate: float) -> float:
     """One step on the accumulated gradient, clipped to a norm of 1 (our choice); returns the norm,
-    and raises UserError, before the step, when a loss and so the norm is not finite."""
+    and raises UserError, before the step, if any of it is not finite."""
     sum_gradients(model)
+    norms = {name: p.grad.norm() for name, p in model.named_parameters() if p.grad is not None}
+    finite(torch.stack([*norms.values()]), "the gradient of", norms)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-    if not math.isfinite(norm):
-        raise UserError("a loss is not finite: no step is taken (is the learning rate too high?)")
     optimizer.param_groups[0]["lr"] = learning_rate
     optimizer.step()
     optimizer.zero_grad()
@@ -272,60 +290,15 @@ def tune_cpu() -> None:
     if CPUINFO.exists() and "AuthenticAMD" in CPUINFO.read_text():
         torch.set_float32_matmul_precision("medium")
 
-def checkpoint(cfg: "Common", name: str) -> Path:
-    """A run's name means its checkpoint in --out; a name that ends in .pt is a path already."""
-    return Path(name) if name.endswith(".pt") else Path(cfg.out) / f"{name}.pt"
-
-def save(cfg: "Common", model: GPT | ScalarModel) -> None:
-    """One file of plain types and tensors, written under another name, synced, then renamed."""
-    if RANK > 0:
-        return
-    path, kind = checkpoint(cfg, cfg.name), type(model).__name__
-    content = {"kind": kind, "config": vars(model.config), "model": model.state_dict()}
-    with open(path.with_suffix(".partial"), "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    path.with_suffix(".partial").rename(path)
-
-def load(cfg: "Common", name: str, kind: type = GPT, dropout: float = 0.0) -> GPT | ScalarModel:
-    """A checkpoint's model, in eval mode. UserError if it is missing, broken or of another kind."""
-    path = checkpoint(cfg, name)
-    if not path.exists():
-        raise UserError(f"{path} is not there: run the stage that writes it first")
-    try:
-        content = torch.load(path, map_location=cfg.device, weights_only=True)
-        if content["kind"] != kind.__name__:
-            raise UserError(f"{path} holds a {content['kind']}, where a {kind.__name__} is needed")
-        model = kind(GPTConfig(**{**content["config"], "dropout": dropout}))
-        model.load_state_dict(content["model"])
-    except (OSError, EOFError, RuntimeError, LookupError, TypeError, UnpicklingError) as error:
-        raise UserError(f"{path} is not a checkpoint of this program: {error}") from None
-    return model.to(cfg.device).eval()
-
-class Log:
-    """A bar for the person, one JSON line a step in out/<name>/metrics.jsonl for the figures."""
-    def __init__(self, cfg: "Common", total: int, memory: float):
-        print(f"{cfg.name}: {cfg.device}, {cfg.dtype}, about {memory:.1f} GiB of memory")
-        folder = Path(cfg.out) / cfg.name
-        folder.mkdir(parents=True, exist_ok=True)
-        if RANK == 0:
-            (folder / "settings.json").write_text(json.dumps(vars(cfg), indent=1) + "\n")
-        self.file = open(os.devnull if RANK else folder / "metrics.jsonl", "w", encoding="utf-8")
-        self.bar = tqdm(total=total, desc=cfg.name, mininterval=1, disable=RANK > 0)
-        self.start = time.time()
-
-    def step(self, metrics: dict[str, float], *show: str) -> None:
-        self.bar.set_postfix({key: f"{metrics[key]:.3g}" for key in show}, refresh=False)
-        self.bar.n += 1
-        self.bar.update(0)
-        row = {"step": self.bar.n, "seconds": round(time.time() - self.start, 2), **metrics}
-        print(json.dumps(row), file=self.file, flush=True)
-
 def describe(metrics: dict[str, float]) -> str:
     return ", ".join(f"{key} {value:.3f}" for key, value in metrics.items())
 
 # ---- Settings: every field is a flag, its comment the help; defaults are the fable's -------------
+
+RANGES = {  # of what should not be any number from 1 on, or with a decimal point from 0 on
+    "seed": (0, 2**62), "dropout": (0, 0.99), "pretrain_fraction": (0, 0.99), "gamma": (0, 1),
+    "lam": (0, 1), "ema_decay": (0, 1), "missing_eos_score": (-1e9, 1e9),
+}
 
 @dataclass
 class Common:
@@ -338,8 +311,25 @@ class Common:
     max_new_tokens: int = 48  # longest response (paper: 1,000)
     gold: str = "data/fable.py"  # has gold(row, completion), for prompts with "wants"; only shown
 
+    def __post_init__(self) -> None:
+        """UserError for a value that nobody can mean."""
+        for name, value in vars(self).items():
+            least, most = RANGES.get(name, (int(type(value) is int), 1e9))
+            if type(value) in (int, float) and not least <= value <= most:
+                raise UserError(f"--{name} {value}: should be from {least} to {most:g}")
+
 @dataclass
-class Pretrain(Common):
+class Training(Common):
+    resume: bool = False  # go on where the run of this name was stopped, to the same bits
+    save_minutes: float = 5.0  # between two states kept for --resume; they change no result
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.name in (vars(self).get("init"), vars(self).get("reward_model")):
+            raise UserError(f"--name {self.name}: should not be a model that the run starts from")
+
+@dataclass
+class Pretrain(Training):
     name: str = "gpt"  # of this run: its checkpoint and log
     preset: str = "fable"  # shape of the model: fable, gpt2, gpt2-medium, gpt2-large or gpt2-xl
     steps: int = 1400  # optimizer steps
@@ -347,7 +337,7 @@ class Pretrain(Common):
     learning_rate: float = 2e-3  # peak, after a warmup of 5 % of the steps; cosine to 10 %
 
 @dataclass
-class SFT(Common):
+class SFT(Training):
     name: str = "sft"  # of this run: its checkpoint and log
     init: str = "gpt"  # the model to start from
     epochs: int = 6  # passes over the demonstrations (paper: 16; for the start of PPO 2)
@@ -359,7 +349,7 @@ class SFT(Common):
     reward_model: str = ""  # keep the epoch whose samples it scores highest (paper); else the last
 
 @dataclass
-class RM(Common):
+class RM(Training):
     name: str = "rm"  # of this run: its checkpoint and log
     init: str = "sft"  # the policy whose trunk it starts from
     epochs: int = 2  # passes over the comparisons (paper: 1 over five times as many)
@@ -367,7 +357,7 @@ class RM(Common):
     learning_rate: float = 3e-4  # peak, cosine to 10 % (paper: 9e-6)
 
 @dataclass
-class PPO(Common):
+class PPO(Training):
     name: str = "ppo_ptx"  # of this run: its checkpoint and log
     init: str = "ppo_init"  # where the policy starts, and the reference it is held to
     reward_model: str = "rm"  # frozen; the value network starts as its copy
@@ -385,8 +375,15 @@ class PPO(Common):
     lam: float = 0.95  # of GAE (paper: not stated; 0.95 in its predecessors)
     cliprange: float = 0.2  # of the ratio (paper: 0.2)
     cliprange_value: float = 0.2  # of the value's change (not stated; 0.2 in OpenAI's code of 2019)
+    max_kl: float = 1.0  # nats a token: when a rollout's policy is left that far, its updates end
     missing_eos_score: float = -1.0  # replaces the score of a response without EOS (likewise)
     ema_decay: float = 0.992  # a step, of the weights that are kept (paper: 0.992)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.minibatch_size > self.rollout_size:
+            limit = f"should be at most --rollout_size {self.rollout_size}"
+            raise UserError(f"--minibatch_size {self.minibatch_size}: {limit}")
 
 @dataclass
 class Evaluate(Common):
@@ -408,34 +405,34 @@ def epochs(rows: list, count: int, batch_size: int, rng: np.random.Generator) ->
     orders = [rng.permutation(len(rows)) for _ in range(count)]
     return [[rows[i] for i in part] for order in orders for part in chunks(order, batch_size)]
 
-def fit(model, batches: list, backward, cfg, warmup: float = 0, validate=lambda step: {}) -> Log:
+def fit(model, batches: list, backward, cfg, rng, warmup: float = 0, validate=None) -> Log:
     """An optimizer step a batch, at a rate that warms up, then falls to a tenth along a cosine.
 
-    backward(model, batch, cfg) accumulates the gradient and returns the loss; validate(step)
-    returns further metrics, if that step has any.
+    backward(model, batch, cfg) accumulates the gradient and returns the loss; validate(step, rows)
+    returns further metrics, if that step has any; rows are those of the steps before.
     """
-    optimizer, steps = adam(model), len(batches)
-    log = Log(cfg, steps, memory_needed([model], [], cfg))
-    for step, batch in enumerate(batches, 1):
-        metrics = {"loss": backward(model, batch, cfg)}
-        factor = min(cosine((step - 1) / steps), step / max(1, warmup * steps))
-        metrics["grad_norm"] = update(model, optimizer, cfg.learning_rate * factor)
-        log.step(metrics | validate(step), "loss")
+    optimizer, total = adam(model), len(batches)
+    with Log(cfg, total, memory_needed([model], [], cfg), rng, [model, optimizer]) as log:
+        for step in range(len(log.rows) + 1, total + 1):
+            metrics = {"loss": backward(model, batches[step - 1], cfg)}
+            factor = min(cosine((step - 1) / total), step / max(1, warmup * total))
+            metrics["grad_norm"] = update(model, optimizer, cfg.learning_rate * factor)
+            log.step(metrics | (validate(step, log.rows) if validate else {}), "loss")
     return log
 
 def pretrain(cfg: Pretrain) -> None:
     """GPT: next-token prediction on raw text, the ability that all the rest only steers."""
     tokenizer, rng = get_tokenizer(cfg.data), np.random.default_rng(cfg.seed)
     text = read_pretraining(Path(cfg.data) / "pretrain.txt", tokenizer)
-    model = GPT(GPTConfig(vocab_size=tokenizer.n_vocab, **PRESETS[cfg.preset])).to(cfg.device)
+    vocabulary = dict(vocab_size=tokenizer.n_vocab, vocabulary=fingerprint(tokenizer))
+    model = GPT(GPTConfig(**vocabulary, **PRESETS[cfg.preset])).to(cfg.device)
 
-    def validate(step: int) -> dict[str, float]:
+    def validate(step: int, _) -> dict[str, float]:
         due = step % 100 == 0 or step == cfg.steps
         return {"heldout/loss": heldout_loss(model, tokenizer, cfg)} if due else {}
 
     rows = passages(text, cfg.steps * cfg.batch_size, model.config.block_size, rng)
-    fit(model, chunks(rows, cfg.batch_size), lm_pass, cfg, warmup=0.05, validate=validate)
-    save(cfg, model)
+    fit(model, chunks(rows, cfg.batch_size), lm_pass, cfg, rng, 0.05, validate).finish(model)
 
 @torch.no_grad()
 def heldout_loss(policy: GPT, tokenizer, cfg: Common) -> float:
@@ -456,25 +453,26 @@ def sft(cfg: SFT) -> None:
     valid = read_demonstrations(data / "sft_valid.jsonl", tokenizer, model.config.block_size)
     if mixed := round(len(rows) * cfg.pretrain_fraction / (1 - cfg.pretrain_fraction)):
         rows += passages(read_pretraining(data / "pretrain.txt", tokenizer), mixed, cfg.window, rng)
-    batches, scores = epochs(rows, cfg.epochs, cfg.batch_size, rng), []
+    batches = epochs(rows, cfg.epochs, cfg.batch_size, rng)
 
     @torch.no_grad()
-    def validate(step: int) -> dict[str, float]:
+    def validate(step: int, earlier: list[dict]) -> dict[str, float]:
         if step % (len(batches) // cfg.epochs):
             return {}
         metrics = {"valid/loss": lm_pass(model.eval(), valid, cfg)}
         if reward_model:
-            prompts = [ids[:prompt_len] for ids, prompt_len in valid]
+            short = [row for row in valid if row[1] <= room(model, cfg)]
+            prompts = [ids[:prompt_len] for ids, prompt_len in short or valid[:1]]
             tokens, _, lens = complete(model, prompts, tokenizer.eot_token, cfg.max_new_tokens)
             metrics["valid/score"] = sequence_scores(reward_model, tokens, lens).mean().item()
-        scores.append(metrics.get("valid/score", len(scores)))
-        if scores[-1] == max(scores):
+        scores = [row["valid/score"] for row in [*earlier, metrics] if "valid/score" in row]
+        if not scores or scores[-1] == max(scores):
             save(cfg, model)
         model.train()
-        tqdm.write(f"epoch {len(scores)}: {describe(metrics)}")
+        tqdm.write(f"epoch {step * cfg.epochs // len(batches)}: {describe(metrics)}")
         return metrics
 
-    fit(model, batches, lm_pass, cfg, validate=validate)
+    fit(model, batches, lm_pass, cfg, rng, validate=validate).finish()
 
 # ---- Step 2: the reward model --------------------------------------------------------------------
 
@@ -488,24 +486,26 @@ def rm(cfg: RM) -> None:
     train = read_rows(data / "comparisons.jsonl", tokenizer, *needs)
     valid = read_rows(data / "comparisons_valid.jsonl", tokenizer, *needs)
     demonstrations = read_demonstrations(data / "sft.jsonl", tokenizer, policy.config.block_size)
-    log = fit(model, epochs(train, cfg.epochs, cfg.batch_size, rng), rm_backward, cfg)
+    log = fit(model, epochs(train, cfg.epochs, cfg.batch_size, rng), rm_backward, cfg, rng)
     scores = score_rows(model, [ids for ids, _ in demonstrations], cfg)
     model.head.bias.data -= scores.mean()  # so that demonstrations score 0 on average (C.2)
-    save(cfg, model)
+    scores = score_rows(model, [ids for row in train[:512] for ids in row["ids"]], cfg)
+    model.score_range.copy_(torch.stack([scores.min(), scores.max()]))
     report = rm_report(model, {row.get("labeler") for row in train}, valid, cfg)
-    log.step(report)
+    log.line(report)
     tqdm.write(describe(report))
+    log.finish(model)
 
 def rm_backward(model: ScalarModel, batch: list[dict], cfg: RM) -> float:
     """Accumulate the gradient of (2) over a batch of prompts, whose completions stay together."""
     count = max(1, sum(len(set(row["ranks"])) > 1 for row in batch))
     total = 0.0
     size = max(1, cfg.microbatch_size // 9)  # K is 9 at most in the paper
-    for part in chunks(share(batch), size):
-        tokens, lens = pad_right([ids for row in part for ids in row["ids"]], cfg.device)
-        ranks = torch.tensor([rank for row in part for rank in row["ranks"]])
-        groups = torch.tensor([i for i, row in enumerate(part) for _ in row["ids"]])
-        scores = sequence_scores(model, tokens, lens)
+    for part in chunks(share([*enumerate(batch)]), size):
+        tokens, lens = pad_right([ids for _, row in part for ids in row["ids"]], cfg.device)
+        ranks = torch.tensor([rank for _, row in part for rank in row["ranks"]])
+        groups = torch.tensor([i for i, row in part for _ in row["ids"]])
+        scores = finite(sequence_scores(model, tokens, lens), "scores of rows", groups.tolist())
         loss = pairwise_loss(scores, ranks.to(cfg.device), groups.to(cfg.device), count)
         loss.backward()
         total += loss.item()
@@ -573,6 +573,10 @@ def rollout(models: Models, prompts: list, eos: int, cfg: PPO) -> tuple[Rollout,
         values[rows, :width] = models.value(part[:, :-1])
         scores[rows] = sequence_scores(models.reward, part, lens[rows])
     all_sum(logprobs, ref_logprobs, values, scores)  # each 0 in the rows of other processes
+    finite(torch.stack([scores, values.sum(1), logprobs.sum(1), ref_logprobs.sum(1)], 1),
+           "score, values or log-probabilities of rows", range(len(tokens)))
+    low, high = models.reward.score_range
+    far = (scores - (low + high) / 2).abs() > high - low  # twice as far from the middle as any seen
     ended = tokens[everyone, lens - 1] == eos
     scores = torch.where(ended, scores, cfg.missing_eos_score)
     rewards = kl_rewards(scores, logprobs, ref_logprobs, mask, cfg.kl_coef)
@@ -581,6 +585,7 @@ def rollout(models: Models, prompts: list, eos: int, cfg: PPO) -> tuple[Rollout,
     episodes = {
         "objective/scores": scores, "objective/kl": kl, "objective/entropy": -logprobs.sum(1),
         "objective/rlhf_reward": scores - cfg.kl_coef * kl,
+        "objective/scores_far_out": far.float(),
         "eos_fraction": ended.float(), "response_length": mask.sum(1),
     }
     batch = Rollout(tokens, mask, logprobs, values, whiten(advantages, mask), returns)
@@ -595,6 +600,8 @@ def ppo_backward(models: Models, batch: Rollout, microbatches: list[Tensor], cfg
         tokens = batch.tokens[rows, : width + 1]
         mask, old, old_values, advantages, returns = (x[rows, :width] for x in batch[1:])
         new, values = token_logprobs(models.policy, tokens, mask), models.value(tokens[:, :-1])
+        finite(new, "log-probabilities of rows", rows.tolist())
+        finite(values, "values of rows", rows.tolist())
         loss, of_policy = policy_loss(new, old, advantages, mask, cfg.cliprange, count)
         error, of_value = value_loss(values, old_values, returns, mask, cfg.cliprange_value, count)
         (loss + error).backward()  # two networks with no parameter in common
@@ -607,23 +614,28 @@ def ppo_update(models, optimizers, batch: Rollout, lens: Tensor, text, factor: f
     """(7) (5) + ptx_coef (1), minimised over the policy, and (6) over the value network.
 
     One step a minibatch; the gradients of PPO and of ptx meet in the same buffers (C.4). `factor`
-    is on both learning rates. Returns the means of the statistics over the steps.
+    is on both learning rates. Returns the means of the statistics over the steps, which end early
+    where `max_kl` is exceeded.
     """
-    steps = []
-    for epoch in range(cfg.epochs):
-        order = gather(torch.randperm(len(lens)))[0] if epoch else torch.arange(len(lens))
-        for microbatches in minibatches(order.to(lens.device), lens, cfg):
-            stats = ppo_backward(models, batch, microbatches, cfg)
-            if not steps and abs(stats["val/ratio"] - 1) > 1e-4:
-                raise UserError(f"ratio {stats['val/ratio']} before the first update: it must be 1")
-            if cfg.ptx_coef:
-                count = round(cfg.ptx_ratio * cfg.minibatch_size)
-                rows = passages(text, count, cfg.window, rng)
-                stats["loss/ptx"] = lm_pass(models.policy, rows, cfg, cfg.ptx_coef)
-            update(models.policy, optimizers[0], cfg.learning_rate * factor)
-            update(models.value, optimizers[1], cfg.value_learning_rate * factor)
-            ema_update(models.ema, models.policy, cfg.ema_decay)
-            steps.append(stats)
+    steps, orders = [], [torch.arange(len(lens))]  # the first is the rollout's: its ratio is 1
+    orders += [gather(torch.randperm(len(lens)))[0] for _ in range(cfg.epochs - 1)]
+    planned = sum((minibatches(order.to(lens.device), lens, cfg) for order in orders), [])
+    for microbatches in planned:
+        stats = ppo_backward(models, batch, microbatches, cfg)
+        if not steps and abs(stats["val/ratio"] - 1) > 1e-4:
+            raise UserError(f"ratio {stats['val/ratio']} before the first update: it must be 1")
+        if stats["policy/approxkl"] > cfg.max_kl:
+            [optimizer.zero_grad() for optimizer in optimizers]
+            kl = f"{stats['policy/approxkl']:.3g} nats a token, over --max_kl {cfg.max_kl}"
+            tqdm.write(f"{len(steps)} of {len(planned)} updates: KL from the rollout's policy {kl}")
+            break
+        if cfg.ptx_coef:
+            rows = passages(text, round(cfg.ptx_ratio * cfg.minibatch_size), cfg.window, rng)
+            stats["loss/ptx"] = lm_pass(models.policy, rows, cfg, cfg.ptx_coef)
+        update(models.policy, optimizers[0], cfg.learning_rate * factor)
+        update(models.value, optimizers[1], cfg.value_learning_rate * factor)
+        ema_update(models.ema, models.policy, cfg.ema_decay)
+        steps.append(stats)
     means = {key: float(np.mean([stats[key] for stats in steps])) for key in steps[0]}
     deviations = batch.returns - masked_mean(batch.returns, batch.mask)
     unexplained = means["val/error"] / masked_mean(deviations**2, batch.mask).item()
@@ -636,31 +648,35 @@ def ppo(cfg: PPO) -> None:
     models = Models(policy, *map(copy.deepcopy, (policy, reward, reward, policy)))
     optimizers = adam(policy), adam(models.value)
     memory = memory_needed([policy, models.value], [models.ref, models.reward, models.ema], cfg)
-    log = Log(cfg, cfg.iterations, memory)
-    longest = policy.config.block_size - cfg.max_new_tokens
-    prompts = read_rows(data / "prompts.jsonl", tokenizer, longest, "prompt")
+    prompts = read_rows(data / "prompts.jsonl", tokenizer, room(policy, cfg), "prompt")
     text = read_pretraining(data / "pretrain.txt", tokenizer) if cfg.ptx_coef else None
     gold = gold_function(prompts, cfg.gold)
     passes = math.ceil(cfg.iterations * cfg.rollout_size / len(prompts))
     batches = epochs(prompts * passes, 1, cfg.rollout_size, rng)[: cfg.iterations]
-    for iteration, rows in enumerate(batches):
-        prompt_ids = [row["prompt_ids"] for row in rows]
-        batch, lens, episodes = rollout(models, prompt_ids, tokenizer.eot_token, cfg)
-        metrics = {key: x.mean().item() for key, x in episodes.items()}
-        if iteration == 0 and metrics["objective/kl"] != 0:
-            raise UserError(f"KL {metrics['objective/kl']} before the first update: it must be 0")
-        completions = [decode(tokenizer, ids) for ids in responses(batch.tokens, batch.mask)]
-        if gold:  # what the reward model stands in for; nobody is trained on it
-            totals = [sum(gold(*pair).values()) for pair in zip(rows, completions)]
-            metrics["objective/gold"] = float(np.mean(totals))
-        factor = min(1, 0.1 + 0.09 * iteration)  # C.4: warmup over ten iterations, from a tenth
-        metrics |= ppo_update(models, optimizers, batch, lens, text, factor, rng, cfg)
-        if iteration % 10 == 0 or iteration + 1 == cfg.iterations:
-            metrics["heldout/loss"] = heldout_loss(policy, tokenizer, cfg)
-            sampled = describe({key: x[0].item() for key, x in episodes.items()})
-            tqdm.write(f"{rows[0]['prompt']}{completions[0]}\n  [{sampled}]")
-        log.step(metrics, "objective/scores", "objective/kl")
-    save(cfg, models.ema)
+    parts = [policy, models.value, models.ema, *optimizers]
+    with Log(cfg, cfg.iterations, memory, rng, parts) as log:
+        for iteration in range(len(log.rows), cfg.iterations):
+            rows = batches[iteration]
+            prompt_ids = [row["prompt_ids"] for row in rows]
+            batch, lens, episodes = rollout(models, prompt_ids, tokenizer.eot_token, cfg)
+            metrics = {key: x.mean().item() for key, x in episodes.items()}
+            if iteration == 0 and (kl := metrics["objective/kl"]) != 0:
+                raise UserError(f"KL {kl} before the first update: it must be 0")
+            if metrics["objective/scores_far_out"]:  # where a policy that games them shows first
+                usual = "to".join(f" {x:.2f} " for x in reward.score_range.tolist())
+                tqdm.write(f"iteration {iteration + 1}: scores far outside{usual}seen in training")
+            completions = [decode(tokenizer, ids) for ids in responses(batch.tokens, batch.mask)]
+            if gold:  # what the reward model stands in for; nobody is trained on it
+                totals = [sum(gold(*pair).values()) for pair in zip(rows, completions)]
+                metrics["objective/gold"] = float(np.mean(totals))
+            factor = min(1, 0.1 + 0.09 * iteration)  # C.4: a warmup over ten iterations
+            metrics |= ppo_update(models, optimizers, batch, lens, text, factor, rng, cfg)
+            if iteration % 10 == 0 or iteration + 1 == cfg.iterations:
+                metrics["heldout/loss"] = heldout_loss(policy, tokenizer, cfg)
+                sampled = describe({key: x[0].item() for key, x in episodes.items()})
+                tqdm.write(printable(f"{rows[0]['prompt']}{completions[0]}\n  [{sampled}]"))
+            log.step(metrics, "objective/scores", "objective/kl")
+    log.finish(models.ema)
 
 # ---- Evaluation ----------------------------------------------------------------------------------
 
@@ -678,7 +694,7 @@ def measure(policy: GPT, prompts: list, rows: list[dict], ref, reward, gold, tok
     answers, result, totals = responses(tokens, mask), {}, None
     plain = [(row["prompt_ids"] + ids, len(row["prompt_ids"])) for row, ids in zip(rows, answers)]
     if gold:  # who goes on to speak for the human as well is judged by their own turn
-        turns = [decode(tokenizer, ids).split("\n\nHuman:")[0] for ids in answers]
+        turns = [own_turn(decode(tokenizer, ids)) for ids in answers]
         axes = [gold(row, turn) for row, turn in zip(rows, turns)]
         result |= {axis: np.mean([x[axis] for x in axes]) for axis in axes[0]}
         totals = np.array([sum(x.values()) for x in axes])
@@ -711,10 +727,10 @@ def evaluate(cfg: Evaluate) -> None:
     titles = [x for x in cfg.models.split(",") if checkpoint(cfg, x.split("+")[0]).exists()]
     if not titles:
         raise UserError(f"none of {cfg.models} is in {cfg.out}: train one first")
-    room = load(cfg, titles[0].split("+")[0]).config.block_size - cfg.max_new_tokens
-    rows = read_rows(data / "prompts_valid.jsonl", tokenizer, room, "prompt")
+    longest = room(load(cfg, titles[0].split("+")[0]), cfg)
+    rows = read_rows(data / "prompts_valid.jsonl", tokenizer, longest, "prompt")
     files = [data / "probes.jsonl", data / "fewshot.jsonl"]
-    needs = tokenizer, room, "prompt", "completion"
+    needs = tokenizer, longest, "prompt", "completion"
     probes, examples = (read_rows(file, *needs) if file.exists() else [] for file in files)
     wanted = (cfg.reference, GPT), (cfg.reward_model, ScalarModel)
     ref, reward = (load(cfg, *x) if checkpoint(cfg, x[0]).exists() else None for x in wanted)
@@ -725,7 +741,7 @@ def evaluate(cfg: Evaluate) -> None:
             continue
         torch.manual_seed(cfg.seed)
         policy, shots = load(cfg, name), [row["ids"][0][:-1] for row in examples if prompted]
-        prompts = [few_shot(shots, row["prompt_ids"], room) for row in rows]
+        prompts = [few_shot(shots, row["prompt_ids"], longest) for row in rows]
         result, golds[title] = measure(policy, prompts, rows, ref, reward, gold, tokenizer, cfg)
         result["held-out loss"] = heldout_loss(policy, tokenizer, cfg)
         results[title] = result
@@ -737,7 +753,8 @@ def evaluate(cfg: Evaluate) -> None:
     print(table := markdown(results))
     content = json.dumps({"table": results, "gold": golds}, default=np.ndarray.tolist)
     for suffix, text in ((".md", table), (".json", content)):
-        (Path(cfg.out) / (cfg.name + suffix)).write_text(text + "\n", encoding="utf-8")
+        with replacing(Path(cfg.out) / (cfg.name + suffix)) as file:
+            file.write(f"{text}\n".encode())
 
 def markdown(results: dict[str, dict[str, float]]) -> str:
     """{row: {column: value}} -> an aligned Markdown table."""
@@ -752,14 +769,17 @@ def markdown(results: dict[str, dict[str, float]]) -> str:
 def chat(cfg: Chat) -> None:
     """Talk to a model in the terminal; an empty line, Ctrl-C or Ctrl-D ends it."""
     tokenizer, policy, messages = get_tokenizer(cfg.data), load(cfg, cfg.model), []
-    room = policy.config.block_size - cfg.max_new_tokens
+    longest = room(policy, cfg)
     while text := input("\nHuman: ").strip():
         messages.append({"role": "user", "content": text})
-        while len(ids := tokenizer.encode_ordinary(render(messages))) > room and len(messages) > 1:
-            messages = messages[2:]  # the oldest exchange makes room
-        print("Assistant:", end="")
+        while len(ids := encode(tokenizer, render(messages))) > longest and len(messages) > 1:
+            print("(No room: the oldest question and answer are forgotten.)")
+            messages = messages[2:]
+        if len(ids) > longest:
+            print("(No room: only the end of this is read.)")
+        print("Assistant:", end="", flush=True)
         pieces = []
-        for piece in speak(policy, ids[-room:], tokenizer, cfg):
+        for piece in speak(policy, ids[-longest:], tokenizer, cfg):
             print(piece, end="", flush=True)
             pieces.append(piece)
         messages.append({"role": "assistant", "content": "".join(pieces).strip()})
@@ -776,38 +796,74 @@ DEVICES, DTYPES = ("auto", "cpu", "cuda", "mps"), ("auto", "bfloat16", "float32"
 
 def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
     """A flag for every field of a settings class, the comment beside the field as its help."""
-    source = inspect.getsource(Common) + inspect.getsource(settings)
+    source = "".join(inspect.getsource(kind) for kind in settings.__mro__[:-1])
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
     choices = {"preset": PRESETS, "device": DEVICES, "dtype": DTYPES}
     for field in fields(settings):
         text = f"{comments[field.name]} [{field.default}]".replace("%", "%%")
-        more = {"default": field.default, "choices": choices.get(field.name), "help": text}
-        parser.add_argument(f"--{field.name}", type=field.type, **more)
+        more = {"type": field.type, "choices": choices.get(field.name)}
+        if field.type is bool:
+            more = {"action": "store_true"}
+        parser.add_argument(f"--{field.name}", default=field.default, help=text, **more)
 
-def run(stage, cfg: Common) -> None:
-    """Settle what is "auto", seed, run the stage; a UserError ends it with its sentence."""
-    trains = stage in (pretrain, sft, rm, ppo)
-    if RANK > 0 and not trains:  # the rest is work for one process
-        return
+def settle(cfg: Common) -> None:
+    """What "auto" means on this machine."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if cfg.device == "auto":
-        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-        cfg.device = "cuda" if cuda else "mps" if mps else "cpu"
+        cfg.device = next(filter(found.get, found), "cpu")
+    if not found.get(cfg.device, True):
+        raise UserError(f"--device {cfg.device}: there is none that torch {torch.__version__} sees")
     if cfg.dtype == "auto":  # bfloat16 where the hardware multiplies it faster than float32
         fast = cfg.device == "cuda" or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
         cfg.dtype = "bfloat16" if fast else "float32"
     if cfg.device == "cpu":
         tune_cpu()
-    torch.manual_seed(cfg.seed + 100_003 * RANK)  # samples and dropout of its own
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    half = cfg.dtype == "bfloat16"
-    try:  # no cache of weights in bfloat16, as they change
-        joining = joined(cfg.device, trains)
+
+def run(stage, cfg: Common) -> None:
+    """Settle what is "auto", seed, run the stage; what a person can mend ends in one sentence."""
+    trains = isinstance(cfg, Training)
+    if RANK > 0 and not trains:  # the rest is work for one process
+        return
+    try:
+        settle(cfg)
+        torch.manual_seed(cfg.seed + 100_003 * RANK)  # samples and dropout of its own
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        joining, half = joined(cfg.device, trains), cfg.dtype == "bfloat16"
+        # no cache of weights in bfloat16, as they change
         with joining, torch.autocast(cfg.device, torch.bfloat16, half, cache_enabled=False):
             stage(cfg)
     except UserError as error:
         stop(f"{stage.__name__}: {error}")
-    except (KeyboardInterrupt, EOFError):
-        sys.exit(f"\n{stage.__name__}: stopped")
+    except OSError as error:
+        stop(f"{stage.__name__}: {error.filename or cfg.out}: {error.strerror or error}")
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or "memory" in str(error)):
+            raise
+        lower = f"--microbatch_size, now {cfg.microbatch_size}, or --max_new_tokens"
+        stop(f"{stage.__name__}: out of memory: lower {lower}")
+    except EOFError:  # the end of what a person types
+        print()
+    except KeyboardInterrupt as error:
+        sys.exit(f"\n{stage.__name__}: stopped {error}")
+
+def nearest(word: str, known) -> str:
+    close = difflib.get_close_matches(word, known, 1, cutoff=0)
+    return f"{word}: did you mean {close[0]}?"
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict:
+    """The flags; one that does not exist is refused, with the name nearest to it."""
+    found, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag, names = unknown[0].split("=")[0], [f"--{name}" for name in vars(found)]
+        parser.error(f"no flag {nearest(flag, names)}")
+    return vars(found)
+
+def made(parser: argparse.ArgumentParser, settings: type, flags: dict) -> Common:
+    """The settings, if their values are possible."""
+    try:
+        return settings(**flags)
+    except UserError as error:
+        parser.error(str(error))
 
 def main(argv: list[str] | None = None) -> None:
     """python rlhf.py STAGE --flag value"""
@@ -817,9 +873,12 @@ def main(argv: list[str] | None = None) -> None:
     for name, stage in stages.items():
         command = commands.add_parser(name, help=stage.__doc__.split("\n")[0], allow_abbrev=False)
         add_flags(command, stage.__annotations__["cfg"])
-    flags = vars(parser.parse_args(argv))
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and not argv[0].startswith("-") and argv[0] not in stages:
+        parser.error(f"no stage {nearest(argv[0], stages)}")
+    flags = parse(parser, argv)
     stage = stages[flags.pop("stage")]
-    run(stage, stage.__annotations__["cfg"](**flags))
+    run(stage, made(parser, stage.__annotations__["cfg"], flags))
 
 if __name__ == "__main__":
     main()

@@ -15,6 +15,7 @@ that says where. Text is encoded as ordinary text: none can forge a control toke
 import base64
 import codecs
 import gzip
+import hashlib
 import os
 import re
 import runpy
@@ -40,13 +41,13 @@ class UserError(Exception):
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, suffix: str = ".partial") -> Iterator[BinaryIO]:
     """A file to write into, which takes the place of `path` once all of it is on the disk.
 
-    Until then it has a name of its own; it is removed if anything fails, and what was there before
-    stays. The folder is made if need be. What the system refuses is a UserError.
+    Until then `suffix` is added to its name; it is removed if anything fails, and what was there
+    before stays. The folder is made if need be. What the system refuses is a UserError.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # others may write it as well
+    partial = path.with_name(path.name + suffix)
     try:
         if path.is_dir():
             raise UserError(f"{path} cannot be written: it is a folder")
@@ -66,6 +67,19 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+def lock(file) -> bool:
+    """Whether this process now holds the open file alone; the system lets go of it when it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: nobody is kept out
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def sync_folder(folder: Path) -> None:
@@ -103,6 +117,12 @@ def get_tokenizer(data: str) -> tiktoken.Encoding:
     return tiktoken.Encoding(
         "own", pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)}
     )
+
+
+def fingerprint(tokenizer: tiktoken.Encoding) -> str:
+    """The same for two vocabularies if every id means the same bytes."""
+    tokens = (tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab))
+    return hashlib.sha256(b"".join(len(x).to_bytes(4, "big") + x for x in tokens)).hexdigest()[:16]
 
 
 def encode(tokenizer: tiktoken.Encoding, text: str) -> list[int]:
@@ -232,7 +252,7 @@ def write_ids(cache: Path, path: Path, tokenizer: tiktoken.Encoding) -> None:
         raise UserError(f"{path} has no text")
     encoded, dtype = (encode(tokenizer, text) for text in texts), id_type(tokenizer)
     ids = np.concatenate([np.array([*ids, tokenizer.eot_token], dtype) for ids in encoded])
-    with replacing(cache) as file:
+    with replacing(cache, f".{os.getpid()}.partial") as file:  # other processes may do the same
         np.save(file, ids)
 
 

@@ -229,6 +229,7 @@ def load_gpt2(name_or_folder: str | Path) -> GPT | ScalarModel:
         model.head.load_state_dict(
             {"weight": ours.pop("score.weight"), "bias": torch.zeros(1)}, assign=True
         )
+        model.score_range = torch.tensor([-torch.inf, torch.inf])  # not known
     trunk.load_state_dict(ours, assign=True)
     return model.eval()
 
@@ -297,17 +298,13 @@ def load_command(args) -> None:
     model = load_gpt2(args.source)
     name = args.name or ("rm" if isinstance(model, ScalarModel) else "gpt")
     cfg = rlhf.Pretrain(out=args.out, name=name, device="cpu")  # whose place it takes
-    try:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        rlhf.save(cfg, model)
-    except OSError as error:
-        raise UserError(f"{args.out} cannot be written: {error}") from None
+    rlhf.save(cfg, model)
     print(f"{rlhf.checkpoint(cfg, name)}: {describe(model)}")
 
 
 def save_command(args) -> None:
     """A checkpoint, of a policy or of a reward model -> a folder."""
-    cfg = rlhf.Common(out=args.out, device="cpu")
+    cfg = rlhf.Common(data="", out=args.out, device="cpu")  # whatever its vocabulary
     try:
         model = rlhf.load(cfg, args.checkpoint, GPT)
     except UserError as error:

@@ -22,10 +22,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # `python data/label.py` is to find rlhf.py
 from data import answers, fable, people  # noqa: E402
-from data.formats import gold_function, own_turn, printable, replacing  # noqa: E402
+from data.formats import encode, gold_function, own_turn, printable, replacing  # noqa: E402
 from model import ScalarModel  # noqa: E402
-from rlhf import Common, UserError, add_flags, complete, decode, get_tokenizer, load  # noqa: E402
-from rlhf import read_rows, responses, run, score_rows  # noqa: E402
+from rlhf import (  # noqa: E402
+    Common, UserError, add_flags, complete, decode, get_tokenizer, load, made, parse, read_rows,
+    responses, room, run, score_rows,
+)
 
 
 @dataclass
@@ -48,8 +50,8 @@ def label(cfg: Label) -> None:
     everybody = fable.TRAIN_LABELERS + fable.HELDOUT_LABELERS
     for split in ("", "_valid"):
         path = Path(cfg.data) / f"rm_prompts{split}.jsonl"
-        room = min(model.config.block_size for model in models.values()) - cfg.max_new_tokens
-        rows = read_rows(path, tokenizer, room, "prompt")
+        longest = min(room(model, cfg) for model in models.values())
+        rows = read_rows(path, tokenizer, longest, "prompt")
         to = Path(cfg.data) / f"comparisons{split}.jsonl"
         rankings = earlier_rounds(to, cfg.round)
         for row, completions in zip(rows, sample_completions(models, rows, tokenizer, rng, cfg)):
@@ -166,7 +168,7 @@ def rank_by_model(cfg: Label) -> None:
 def score_completions(judge: ScalarModel, row: dict, tokenizer, cfg: Label) -> list[float]:
     """The score of each completion, the same for the same text; [] if one is over the context."""
     texts = dict.fromkeys(row["completions"])
-    ids = [tokenizer.encode_ordinary(text) + [tokenizer.eot_token] for text in texts]
+    ids = [encode(tokenizer, text) + [tokenizer.eot_token] for text in texts]
     ids = [row["prompt_ids"] + own for own in ids]
     if max(map(len, ids)) > judge.config.block_size:
         return []
@@ -215,9 +217,9 @@ def main(argv: list[str] | None = None) -> None:
     tasks.add_argument("--write", action="store_true", help="a person writes demonstrations")
     tasks.add_argument("--blind", nargs=2, metavar="MODEL", help="a person says which is better")
     tasks.add_argument("--agreement", metavar="FILE", help="how far the labelers of a file agree")
-    flags = vars(parser.parse_args(argv))
+    flags = parse(parser, argv)
     write, two, file = (flags.pop(name) for name in ("write", "blind", "agreement"))
-    cfg = Label(**flags)
+    cfg = made(parser, Label, flags)
     if write:
         stage = people.write
     elif two:

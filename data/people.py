@@ -20,7 +20,7 @@ import torch
 from data.answers import now, question, read_answers, read_lines, replace, save
 from data.formats import UserError, decode, get_tokenizer, own_turn, printable, read_rows
 from model import GPT
-from rlhf import checkpoint, complete, load, responses, win_rate
+from rlhf import checkpoint, complete, load, responses, room, win_rate
 
 WIDTH = 79  # columns
 COMMANDS = "undo", "skip", "quit"
@@ -75,8 +75,8 @@ def read_questions(cfg, tokenizer, *files: str) -> tuple[Path, list[dict], dict[
     if not 2 <= cfg.k_min <= cfg.k_max:
         raise UserError(f"k_min {cfg.k_min} and k_max {cfg.k_max}: at least 2, and in this order")
     models = {name: load(cfg, name) for name in cfg.models.split(",")}
-    room = min(model.config.block_size for model in models.values()) - cfg.max_new_tokens
-    return path, read_rows(path, tokenizer, room, "prompt"), models
+    longest = min(room(model, cfg) for model in models.values())
+    return path, read_rows(path, tokenizer, longest, "prompt"), models
 
 
 def answers_file(cfg, questions: Path, name: str) -> Path:

@@ -37,6 +37,10 @@ def lively(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
+def log(cfg, total=2, memory=0.0, parts=()) -> rlhf.Log:
+    return rlhf.Log(cfg, total, memory, np.random.default_rng(0), parts)
+
+
 def gpt(vocab_size=11, block_size=32, n_embd=16, **more) -> GPT:
     shape = dict(n_layer=2, n_head=2, n_embd=n_embd) | more
     return lively(GPT(GPTConfig(vocab_size=vocab_size, block_size=block_size, **shape)))

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, gpt, gradients, scalar, settings, weights
+from conftest import ROOT, gpt, gradients, log, scalar, settings, weights
 from torch import tensor
 
+import checkpoint
 import parallel
 import rlhf
 from model import pad_right
@@ -253,12 +254,13 @@ def test_a_mistake_is_one_sentence_of_all_processes(tiny_data, tmp_path):
 
 def test_only_rank_0_writes(monkeypatch, tmp_path, capsys):
     cfg = settings(rlhf.RM, tmp_path, out=str(tmp_path))
-    monkeypatch.setattr(rlhf, "RANK", 1)
+    monkeypatch.setattr(checkpoint, "RANK", 1)
     rlhf.save(cfg, scalar())
-    log = rlhf.Log(cfg, 2, 0.0)
-    log.step({"loss": 1.0}, "loss")
+    with log(cfg) as own:
+        own.step({"loss": 1.0}, "loss")
+    own.finish(scalar())
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert log.bar.n == 1 and capsys.readouterr().err == ""
+    assert own.bar.n == 1 and capsys.readouterr().err == ""
 
 
 def test_only_rank_0_evaluates(monkeypatch, tmp_path):

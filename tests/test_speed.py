@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import rlhf
 import torch
-from conftest import gpt, lively, scalar, settings
+from conftest import gpt, lively, log, scalar, settings
 from model import GPT, PRESETS, GPTConfig, captured
 
 
@@ -118,7 +118,8 @@ def test_memory_of_models():
     averages = sum(x.nbytes for state in optimizer.state.values() for x in state.values()
                    if x.dim())
     sizes = [sum(p.nbytes for p in model.parameters()) for model in (policy, reward)]
-    cfg = rlhf.PPO(microbatch_size=0)
+    cfg = rlhf.PPO()
+    cfg.microbatch_size = 0
     found = rlhf.memory_needed([policy], [reward], cfg) * 2**30
     assert found == gradients + averages + sizes[0] + sizes[1]
 
@@ -148,5 +149,5 @@ def test_memory_of_a_microbatch(dtype, tmp_path):
 
 def test_a_run_says_what_it_needs(tmp_path, capsys):
     cfg = settings(rlhf.PPO, tmp_path)
-    rlhf.Log(cfg, 1, 12.34)
+    log(cfg, memory=12.34)
     assert "ppo_ptx: cpu, float32, about 12.3 GiB of memory" in capsys.readouterr().out
