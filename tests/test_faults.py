@@ -15,6 +15,7 @@ from pathlib import Path
 from random import Random
 
 import conftest
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, garbled, mutated, outcome
@@ -210,7 +211,12 @@ def read_tensors(path: Path, tokenizer) -> None:
     assert sum(x.nbytes for x in tensors.values()) == path.stat().st_size - 8 - header
 
 
-READERS = {"tokenizer.tiktoken": read_vocabulary, "pretrain.txt": read_text_again,
+def read_packed(path: Path, tokenizer) -> None:
+    """All rows, as gzip has a checksum."""
+    assert len(read_rows(path, tokenizer, 40, "prompt")) == 99
+
+
+READERS = {"rows.jsonl.gz": read_packed, "tokenizer.tiktoken": read_vocabulary, "pretrain.txt": read_text_again,
            "pretrain.1024.npy": read_kept, "model.safetensors": read_tensors,
            "config.json": lambda path, _: gpt2.read_config(path)}
 
@@ -218,6 +224,7 @@ READERS = {"tokenizer.tiktoken": read_vocabulary, "pretrain.txt": read_text_agai
 @pytest.fixture
 def whole(tmp_path, tiny_data, tokenizer) -> Path:
     """A folder with a file of each kind."""
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "A"}\n' * 99))
     gpt2.save_gpt2(conftest.gpt(n_layer=1), tmp_path)
     (tmp_path / "pretrain.txt").write_text(TEXT, newline="")
     read_pretraining(tmp_path / "pretrain.txt", tokenizer)
@@ -225,16 +232,34 @@ def whole(tmp_path, tiny_data, tokenizer) -> Path:
     return tmp_path
 
 
+def damage(content: bytes, name: str, rng: Random) -> bytes:
+    """Garbled anywhere, or near the start, where headers are; the header of a safetensors file also
+    as JSON, its length put right."""
+    if name == "model.safetensors" and rng.random() < 0.5:
+        end = 8 + int.from_bytes(content[:8], "little")
+        header = mutated(json.loads(content[8:end]), rng)
+        return len(header).to_bytes(8, "little") + header + content[end:]
+    for _ in range(rng.choice([1, 1, 2])):
+        start = rng.choice([100, 1000, len(content)])
+        content = garbled(content[:start], rng) + content[start:]
+    return content
+
+
+@pytest.mark.parametrize("ids", [
+    np.zeros(5, np.float16), np.zeros((5, 1), np.uint16), np.zeros(0, np.uint16),
+    np.array([5, 1024], np.uint16), np.zeros(5, np.uint32)], ids=str)
+def test_kept_tokens_that_are_not_ours_are_refused(ids, whole, tokenizer):
+    """Other numbers, another shape, none, or beyond the vocabulary."""
+    np.save(whole / "pretrain.1024.npy", ids)
+    with pytest.raises(UserError, match="pretrain.1024.npy, .*damaged; delete it"):
+        read_pretraining(whole / "pretrain.txt", tokenizer)
+
+
 def fuzz_files(count: int, path: Path, tokenizer) -> Counter:
-    """Garbled near the start, where headers are, or anywhere, a few times; read or refused, and
-    never more memory than a few times what a whole one takes."""
+    """Each is read or refused, and in no more than 4 MB of memory."""
     rng, totals, content = Random(0), Counter(), path.read_bytes()
     for _ in range(count):
-        damaged = content
-        for _ in range(rng.choice([1, 1, 2])):
-            start = rng.choice([100, 1000, len(content)])
-            damaged = garbled(damaged[:start], rng) + damaged[start:]
-        path.write_bytes(damaged)
+        path.write_bytes(damaged := damage(content, path.name, rng))
         tracemalloc.start()
         sentence = outcome(lambda: READERS[path.name](path, tokenizer))
         peak = tracemalloc.get_traced_memory()[1]
