@@ -284,5 +284,9 @@ def printable(text: str) -> str:
 
 def gold_function(rows: list[dict], file: str) -> Callable | None:
     """gold(row, completion) -> {axis: score} of a file; None for rows without the field "wants"."""
-    path = Path(__file__).parent.parent / file
-    return runpy.run_path(str(path))["gold"] if "wants" in rows[0] else None
+    path, wanted = Path(__file__).parent.parent / file, sum("wants" in row for row in rows)
+    if 0 < wanted < len(rows):
+        raise UserError(f"wants should be in every row or in none, not in {wanted} of {len(rows)}")
+    if wanted and not path.is_file():
+        raise UserError(f"{path}, which is to have gold(row, completion), is not there")
+    return runpy.run_path(str(path))["gold"] if wanted else None

@@ -47,6 +47,7 @@ FIXED = {  # what our model does, in config.json's words; the values are also it
 }
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 BUFFERS = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # causal masks, saved by old versions
+NAME = re.compile(r"[ -~]{1,200}")  # ASCII that can be seen, as it is printed
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -61,9 +62,12 @@ LONGEST_HEADER = 100_000_000  # bytes, as in the format's own reader
 def read_entry(name: str, entry: dict) -> tuple[int, int, str, torch.dtype, list[int]]:
     """start, end, name, dtype, shape of a tensor; ValueError unless all are as the format has them
     and the bytes are as many as the shape needs."""
+    if not NAME.fullmatch(name):
+        raise ValueError(f"a tensor cannot have the name {brief(name)}")
     try:
         dtype, shape, (start, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        whole = all(type(n) is int for n in (*shape, start, end)) and min([1, *shape]) > 0
+        whole = all(type(n) is int and abs(n) < 2**63 for n in (*shape, start, end))
+        whole = whole and len(shape) <= 8 and min([1, *shape]) > 0
     except (LookupError, TypeError, ValueError):
         whole = False
     if not whole:

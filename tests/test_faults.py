@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import json
 import os
 import re
 import shutil
@@ -14,12 +15,14 @@ from pathlib import Path
 from random import Random
 
 import conftest
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, garbled, mutated, outcome
 from data import answers, formats, gpt2, label, prepare
 from data.formats import (
-    EOT, UserError, encode, get_tokenizer, read_pretraining, read_row, read_rows, replacing,
+    EOT, UserError, encode, get_tokenizer, read_comparisons, read_demonstrations, read_pretraining,
+    read_row, read_rows, replacing,
 )
 
 # ---- rows of strangers --------------------------------------------------------------------------
@@ -31,6 +34,79 @@ ROWS = [{"prompt": "A", "completion": "b", "labeler": "me", "round": 1},
         {"prompt": "A", "chosen": "b", "rejected": "c"}, {"messages": [USER, ANSWER]},
         {"messages": [USER], "completions": ["b", "c"]}, {"prompt": "A " * 50, "completion": " b"},
         {"prompt": "A", "completion": "b", "chosen": "c", "rejected": "d"}]
+
+
+LONG = "A goat. " * 40
+CASES = {  # lines: what is read (prompts), or the sentence; what is said on the way
+    "empty completion": ([{"prompt": "A", "completion": ""}], 1, ["A"], ""),
+    "prompt over the context": ([{"prompt": LONG, "completion": " b"},
+        {"prompt": "A", "completion": " b"}], 1, ["A"], "1 of 2 rows are over 40 tokens, left out"),
+    "completion over the context": ([{"prompt": "A", "completion": " b"},
+        {"prompt": "B", "completion": LONG}], 1, ["A"], "1 of 2 rows are over 40 tokens, left out"),
+    "one completion of a ranking over it": ([{"prompt": "A", "completions": ["b", LONG]},
+        {"prompt": "B", "chosen": "b", "rejected": "c"}], 2, ["B"], "1 of 2 rows are over 40 tok"),
+    "a long completion beside a prompt": ([{"prompt": "A", "completion": LONG}], 0, ["A"], ""),
+    "all over it": ([{"prompt": LONG}], 0, " has no row of at most 40 tokens", "1 of 1 rows"),
+    "nothing": ([], 0, " has no rows", ""),
+    "one completion": ([{"prompt": "A", "completions": ["b"]}], 2,
+        ', line 1: completions should be a list of at least two strings of valid Unicode, not ["b"]',
+        ""),
+    "one of its ranks of 400 digits": (
+        [{"prompt": "A", "completions": ["b", "c"], "ranks": [0, 10**400]}], 2,
+        ", line 1: ranks should be a list of whole numbers from 0 to 999, one for each completion, "
+        f"not [0, 1{'0' * 52}...", ""),
+    "1e999": ([{"prompt": "A", "x": 7}], 0,
+        ", line 1: a number should be finite, not 1e999", ""),
+    "a round that is none": ([{"prompt": "A", "round": "2"}], 0,
+        ', line 1: round should be a whole number, not "2"', ""),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_odd_rows_are_read_or_refused_and_counted(name, tmp_path, tokenizer, capsys):
+    rows, needs, read, said = CASES[name]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows).replace(": 7", ": 1e999"))
+    found = outcome(lambda: read_rows(path, tokenizer, 40, *NEEDS[needs]))
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{path}: {said}") if said else not printed
+    if isinstance(read, str):
+        assert found == f"{path}{read}"
+    else:
+        assert [row["prompt"] for row in found] == read
+        check_ids(found, NEEDS[needs], tokenizer)
+
+
+def test_rankings_that_are_all_ties_are_counted(tmp_path, tokenizer, capsys):
+    """They stay, as the loss skips them; a file of nothing else is refused."""
+    path = tmp_path / "comparisons.jsonl"
+    ties = json.dumps({"prompt": "A", "completions": ["b", "c"], "ranks": [1, 1]}) + "\n"
+    path.write_text(ties * 2 + json.dumps({"prompt": "A", "chosen": "b", "rejected": "c"}))
+    assert len(read_comparisons(path, tokenizer, 40)) == 3
+    assert "2 of 3 rankings are all ties, which teach nothing\n" in capsys.readouterr().out
+    path.write_text(ties * 2)
+    with pytest.raises(UserError, match="has no ranking in which one completion is better"):
+        read_comparisons(path, tokenizer, 40)
+
+
+def test_a_demonstration_is_its_completion_whatever_else_it_has(tmp_path, tokenizer):
+    path = tmp_path / "sft.jsonl"
+    path.write_text('{"prompt": "A", "completion": " b", "chosen": " c", "rejected": " d"}')
+    ((ids, prompt_len),) = read_demonstrations(path, tokenizer, 40)
+    assert tokenizer.decode(ids[prompt_len:]) == f" b{EOT}"
+
+
+def test_blank_lines_are_no_answers_and_no_mistakes(tmp_path):
+    path = tmp_path / "sft.jsonl"
+    path.write_text('{"prompt": "A"}\n\n  \n{"prompt": "B"}\n\n')
+    assert [row["prompt"] for _, row in answers.read_lines(path, "prompt")] == ["A", "B"]
+
+
+def test_gold_judges_all_prompts_or_none():
+    with pytest.raises(UserError, match="wants should be in every row or in none, not in 1 of 2"):
+        formats.gold_function([{"prompt": "A", "wants": {}}, {"prompt": "B"}], "data/fable.py")
+    with pytest.raises(UserError, match="none.py, which is to have gold.*, is not there"):
+        formats.gold_function([{"prompt": "A", "wants": {}}], "none.py")
 
 
 def check_rows(path: Path, required: tuple, tokenizer, capsys) -> tuple[int, int, int]:
@@ -135,7 +211,12 @@ def read_tensors(path: Path, tokenizer) -> None:
     assert sum(x.nbytes for x in tensors.values()) == path.stat().st_size - 8 - header
 
 
-READERS = {"tokenizer.tiktoken": read_vocabulary, "pretrain.txt": read_text_again,
+def read_packed(path: Path, tokenizer) -> None:
+    """All rows, as gzip has a checksum."""
+    assert len(read_rows(path, tokenizer, 40, "prompt")) == 99
+
+
+READERS = {"rows.jsonl.gz": read_packed, "tokenizer.tiktoken": read_vocabulary, "pretrain.txt": read_text_again,
            "pretrain.1024.npy": read_kept, "model.safetensors": read_tensors,
            "config.json": lambda path, _: gpt2.read_config(path)}
 
@@ -143,6 +224,7 @@ READERS = {"tokenizer.tiktoken": read_vocabulary, "pretrain.txt": read_text_agai
 @pytest.fixture
 def whole(tmp_path, tiny_data, tokenizer) -> Path:
     """A folder with a file of each kind."""
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "A"}\n' * 99))
     gpt2.save_gpt2(conftest.gpt(n_layer=1), tmp_path)
     (tmp_path / "pretrain.txt").write_text(TEXT, newline="")
     read_pretraining(tmp_path / "pretrain.txt", tokenizer)
@@ -150,16 +232,34 @@ def whole(tmp_path, tiny_data, tokenizer) -> Path:
     return tmp_path
 
 
+def damage(content: bytes, name: str, rng: Random) -> bytes:
+    """Garbled anywhere, or near the start, where headers are; the header of a safetensors file also
+    as JSON, its length put right."""
+    if name == "model.safetensors" and rng.random() < 0.5:
+        end = 8 + int.from_bytes(content[:8], "little")
+        header = mutated(json.loads(content[8:end]), rng)
+        return len(header).to_bytes(8, "little") + header + content[end:]
+    for _ in range(rng.choice([1, 1, 2])):
+        start = rng.choice([100, 1000, len(content)])
+        content = garbled(content[:start], rng) + content[start:]
+    return content
+
+
+@pytest.mark.parametrize("ids", [
+    np.zeros(5, np.float16), np.zeros((5, 1), np.uint16), np.zeros(0, np.uint16),
+    np.array([5, 1024], np.uint16), np.zeros(5, np.uint32)], ids=str)
+def test_kept_tokens_that_are_not_ours_are_refused(ids, whole, tokenizer):
+    """Other numbers, another shape, none, or beyond the vocabulary."""
+    np.save(whole / "pretrain.1024.npy", ids)
+    with pytest.raises(UserError, match="pretrain.1024.npy, .*damaged; delete it"):
+        read_pretraining(whole / "pretrain.txt", tokenizer)
+
+
 def fuzz_files(count: int, path: Path, tokenizer) -> Counter:
-    """Garbled near the start, where headers are, or anywhere, a few times; read or refused, and
-    never more memory than a few times what a whole one takes."""
+    """Each is read or refused, and in no more than 4 MB of memory."""
     rng, totals, content = Random(0), Counter(), path.read_bytes()
     for _ in range(count):
-        damaged = content
-        for _ in range(rng.choice([1, 1, 2])):
-            start = rng.choice([100, 1000, len(content)])
-            damaged = garbled(damaged[:start], rng) + damaged[start:]
-        path.write_bytes(damaged)
+        path.write_bytes(damaged := damage(content, path.name, rng))
         tracemalloc.start()
         sentence = outcome(lambda: READERS[path.name](path, tokenizer))
         peak = tracemalloc.get_traced_memory()[1]

@@ -325,6 +325,7 @@ def entry(dtype="F32", shape=(4,), offsets=(24, 40)) -> dict:
     (safetensors(TWO, b=entry(offsets=(24,))), "b is described as"),
     (safetensors(TWO, b=entry(offsets=("24", "40"))), "b is described as"),
     (safetensors(TWO, b={"dtype": "F32"}), "b is described as"),
+    (safetensors({"a\n": TWO["b"]}), r'name "a.n"'),
     (safetensors(TWO, b=7), "b is described as 7"),
     (safetensors(TWO, b=entry(dtype=[])), "b is described as"),
 ])
