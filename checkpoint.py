@@ -49,11 +49,12 @@ def write_tensors(path: Path, content: dict) -> None:
 def read_tensors(path: Path) -> dict:
     """What write_tensors wrote; UserError if it is cut off, or could run code when it is read."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return dict(torch.load(path, map_location="cpu", weights_only=True).items())
     except UnpicklingError:
         raise UserError(f"{path} holds more than tensors and plain values: not read") from None
     except BROKEN as error:
-        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        reason = f"{type(error).__name__} {error}".splitlines()[0]
+        raise UserError(f"{path} is not a whole checkpoint: {reason}") from None
 
 
 def load(cfg, name: str, kind: type = GPT, dropout: float = 0.0) -> GPT | ScalarModel:
@@ -180,6 +181,8 @@ class Log:
     def __exit__(self, kind, error, trace) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if error:
+            self.file.close()  # and with it the lock
         if isinstance(error, UserError):
             raise UserError(f"step {len(self.rows) + 1}: {error}") from None
 
