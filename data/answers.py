@@ -14,9 +14,9 @@ from data.formats import UserError, read_bytes, read_row, read_text, replacing
 
 def read_lines(path: Path, *fields: str) -> list[tuple[str, dict]]:
     """Each line of the file that is not blank, raw and as `read_row` has it."""
-    lines = read_text(path).removesuffix("\n").split("\n")
-    places = [f"{path}, line {i}" for i in range(1, len(lines) + 1)]
-    return [(x, read_row(x.encode(), where, fields)) for x, where in zip(lines, places) if x.strip()]
+    lines = enumerate(read_text(path).split("\n"), 1)
+    places = [(line, f"{path}, line {i}") for i, line in lines if line.strip()]
+    return [(line, read_row(line.encode(), where, fields)) for line, where in places]
 
 
 def read_answers(path: Path, *fields: str) -> list[tuple[str, dict]]:
@@ -66,7 +66,7 @@ def overwrite(path: Path, content: bytes) -> None:
 
 
 def keep(paths: Iterable[Path]) -> None:
-    """UserError if one of these files, about to be written anew, has what people or models added."""
+    """UserError if a file that is to be written anew has what people or models added."""
     for path in filter(Path.exists, paths):
         if count := read_bytes(path).count(b'"time": "'):  # a field that only their rows have
             raise UserError(f"{path} has answers by people or models ({count}): move it first")

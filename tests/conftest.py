@@ -137,6 +137,17 @@ def disk_full(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def gradients(model: torch.nn.Module) -> torch.Tensor:
+    """All of them as one vector, taken away from the model."""
+    flat = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    model.zero_grad()
+    return flat
+
+
+def weights(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+
+
 # ---- text from strangers ------------------------------------------------------------------------
 
 ODD = [None, True, 0, -1, 1.5, 10**25, 10**400, float("nan"), "", " ", "\0", "\ud800",
@@ -190,17 +201,3 @@ def outcome(action):
     except UserError as error:
         assert str(error) and len(str(error)) < 600 and str(error).isprintable()
         return str(error)
-
-
-# ---- what models are made of ----------------------------------------------------------------------
-
-
-def gradients(model: torch.nn.Module) -> torch.Tensor:
-    """All of them as one vector, taken away from the model."""
-    flat = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    model.zero_grad()
-    return flat
-
-
-def weights(model: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().flatten().clone() for p in model.parameters()])

@@ -49,8 +49,8 @@ CASES = {  # lines: what is read (prompts), or the sentence; what is said on the
     "all over it": ([{"prompt": LONG}], 0, " has no row of at most 40 tokens", "1 of 1 rows"),
     "nothing": ([], 0, " has no rows", ""),
     "one completion": ([{"prompt": "A", "completions": ["b"]}], 2,
-        ', line 1: completions should be a list of at least two strings of valid Unicode, not ["b"]',
-        ""),
+        ", line 1: completions should be a list of at least two strings of valid Unicode, "
+        'not ["b"]', ""),
     "one of its ranks of 400 digits": (
         [{"prompt": "A", "completions": ["b", "c"], "ranks": [0, 10**400]}], 2,
         ", line 1: ranks should be a list of whole numbers from 0 to 999, one for each completion, "
@@ -110,8 +110,7 @@ def test_gold_judges_all_prompts_or_none():
 
 
 def check_rows(path: Path, required: tuple, tokenizer, capsys) -> tuple[int, int, int]:
-    """(rows used, left out, refused): all that are there, or none and the first bad line's number.
-    """
+    """(rows used, left out, refused): all that are there, or none and the first bad line."""
     packed = path.suffix == ".gz"
     content = gzip.decompress(path.read_bytes()) if packed else path.read_bytes()
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
@@ -216,8 +215,9 @@ def read_packed(path: Path, tokenizer) -> None:
     assert len(read_rows(path, tokenizer, 40, "prompt")) == 99
 
 
-READERS = {"rows.jsonl.gz": read_packed, "tokenizer.tiktoken": read_vocabulary, "pretrain.txt": read_text_again,
-           "pretrain.1024.npy": read_kept, "model.safetensors": read_tensors,
+READERS = {"rows.jsonl.gz": read_packed, "tokenizer.tiktoken": read_vocabulary,
+           "pretrain.txt": read_text_again, "pretrain.1024.npy": read_kept,
+           "model.safetensors": read_tensors,
            "config.json": lambda path, _: gpt2.read_config(path)}
 
 

@@ -432,7 +432,7 @@ def test_what_a_person_is_shown_ends_where_the_humans_turn_begins(monkeypatch):
 # ---- a model in a person's place, and agreement ------------------------------------------------
 
 def test_the_last_completion_answers_another_prompt(monkeypatch):
-    """Of K completions; the others answer their own, and each ends where the human's turn begins."""
+    """The others answer their own, and each of them ends where the human's turn begins."""
     rows = [{"prompt_ids": [i]} for i in range(40)]
     monkeypatch.setattr(label, "complete", lambda model, prompts, *_: (prompts, None, None))
     monkeypatch.setattr(label, "responses", lambda prompts, _: prompts)
