@@ -18,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 from pickle import UnpicklingError
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from tqdm import tqdm
@@ -26,7 +27,9 @@ from data.formats import UserError, fingerprint, get_tokenizer, lock, replacing
 from model import GPT, GPTConfig, ScalarModel
 from parallel import RANK, gather
 
-BROKEN = AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError
+BROKEN = (
+    AttributeError, BadZipFile, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError,
+)  # what reading a file that is not what it should be raises, one time or another
 
 
 def checkpoint(cfg, name: str) -> Path:
@@ -49,12 +52,18 @@ def write_tensors(path: Path, content: dict) -> None:
 def read_tensors(path: Path) -> dict:
     """What write_tensors wrote; UserError if it is cut off, or could run code when it is read."""
     try:
+        with ZipFile(path) as file:  # torch does not compare the checksums that it wrote
+            if garbled := file.testzip():
+                raise BadZipFile(f"{garbled} is garbled")
         return dict(torch.load(path, map_location="cpu", weights_only=True).items())
     except UnpicklingError:
         raise UserError(f"{path} holds more than tensors and plain values: not read") from None
     except BROKEN as error:
-        reason = f"{type(error).__name__} {error}".splitlines()[0]
-        raise UserError(f"{path} is not a whole checkpoint: {reason}") from None
+        raise UserError(f"{path} is not a whole checkpoint: {one_line(error)}") from None
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(f"{error or type(error).__name__}".split())[:200]
 
 
 def load(cfg, name: str, kind: type = GPT, dropout: float = 0.0) -> GPT | ScalarModel:
@@ -72,7 +81,7 @@ def load(cfg, name: str, kind: type = GPT, dropout: float = 0.0) -> GPT | Scalar
             model = kind(config)
         model.load_state_dict(content["model"], assign=True)
     except BROKEN as error:
-        raise UserError(f"{path} is not a checkpoint of this program: {error}") from None
+        raise UserError(f"{path} is not a checkpoint of this program: {one_line(error)}") from None
     if cfg.data:
         check_vocabulary(path, config, cfg.data)
     return model.float().to(cfg.device).eval()
@@ -123,14 +132,14 @@ class Log:
         before = state.get("settings", {})
         if changed := [f"--{x} {y}" for x, y in before.items() if y != self.settings.get(x)]:
             raise UserError(f"{path} is of a run with other settings: {', '.join(changed)}")
-        if "finished" in state:
+        if "finished" in state and checkpoint(self.cfg, self.cfg.name).exists():
             print(f"{self.cfg.name}: finished already")
             sys.exit()
         if "parts" in state:
             self.restore(state)
         if RANK > 0:
             return
-        if not state:
+        if "parts" not in state:
             self.write({})
         self.file.truncate(0)
         self.file.writelines(json.dumps(row) + "\n" for row in self.rows)

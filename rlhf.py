@@ -48,7 +48,8 @@ from tqdm import tqdm
 from checkpoint import Log, checkpoint, load, save
 from data.formats import (
     UserError, decode, encode, fingerprint, get_tokenizer, gold_function, own_turn, passages,
-    printable, read_demonstrations, read_pretraining, read_rows, render, replacing,
+    printable, read_comparisons, read_demonstrations, read_pretraining, read_rows, render,
+    replacing,
 )
 from model import GPT, PRESETS, GPTConfig, ScalarModel, generate, multiple, pad_right, stream
 from parallel import RANK, all_sum, broadcast, gather, joined, share, stop, sum_gradients, unshare
@@ -313,10 +314,11 @@ class Common:
 
     def __post_init__(self) -> None:
         """UserError for a value that nobody can mean."""
-        for name, value in vars(self).items():
-            least, most = RANGES.get(name, (int(type(value) is int), 1e9))
-            if type(value) in (int, float) and not least <= value <= most:
-                raise UserError(f"--{name} {value}: should be from {least} to {most:g}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            least, most = RANGES.get(field.name, (1 if field.type is int else 0, 1e9))
+            if field.type in (int, float) and not least <= value <= most:
+                raise UserError(f"--{field.name} {value}: should be from {least:g} to {most:g}")
 
 @dataclass
 class Training(Common):
@@ -482,10 +484,10 @@ def rm(cfg: RM) -> None:
     policy = load(cfg, cfg.init)
     model = ScalarModel(policy.config).to(cfg.device).eval()
     model.gpt.load_state_dict(policy.state_dict())  # whose unembedding gives way to a scalar head
-    needs = policy.config.block_size, "prompt", "completions", "ranks"
-    train = read_rows(data / "comparisons.jsonl", tokenizer, *needs)
-    valid = read_rows(data / "comparisons_valid.jsonl", tokenizer, *needs)
-    demonstrations = read_demonstrations(data / "sft.jsonl", tokenizer, policy.config.block_size)
+    context = policy.config.block_size
+    train = read_comparisons(data / "comparisons.jsonl", tokenizer, context)
+    valid = read_comparisons(data / "comparisons_valid.jsonl", tokenizer, context)
+    demonstrations = read_demonstrations(data / "sft.jsonl", tokenizer, context)
     log = fit(model, epochs(train, cfg.epochs, cfg.batch_size, rng), rm_backward, cfg, rng)
     scores = score_rows(model, [ids for ids, _ in demonstrations], cfg)
     model.head.bias.data -= scores.mean()  # so that demonstrations score 0 on average (C.2)

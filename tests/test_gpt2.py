@@ -425,7 +425,7 @@ def test_the_hubs_revisions_and_checksums_are_such():
 def test_load_and_save_on_the_command_line(tmp_path, model, capsys):
     folder, out = write_folder(tmp_path / "a", model), str(tmp_path / "out")
     gpt2.main(["load", str(folder), "--out", out])
-    cfg = rlhf.SFT(out=out, device="cpu")
+    cfg = rlhf.SFT(data="", out=out, device="cpu")
     assert same(rlhf.load(cfg, cfg.init), model)
     gpt2.main(["save", f"{out}/gpt.pt", str(tmp_path / "b")])
     assert "GPT2LMHeadModel" in capsys.readouterr().out
@@ -438,7 +438,8 @@ def test_a_reward_model_on_the_command_line(tmp_path, capsys):
     gpt2.main(["save", "rm", str(tmp_path / "a"), "--out", out])
     assert "GPT2ForSequenceClassification" in capsys.readouterr().out
     gpt2.main(["load", str(tmp_path / "a"), "--out", str(tmp_path / "new")])
-    loaded = rlhf.load(rlhf.RM(out=str(tmp_path / "new"), device="cpu"), "rm", ScalarModel)
+    cfg = rlhf.RM(data="", out=str(tmp_path / "new"), device="cpu")
+    loaded = rlhf.load(cfg, "rm", ScalarModel)
     tokens = torch.randint(11, (2, 9))
     torch.testing.assert_close(loaded(tokens), model(tokens), atol=1e-5, rtol=1e-5)
 
@@ -446,7 +447,7 @@ def test_a_reward_model_on_the_command_line(tmp_path, capsys):
 @pytest.mark.parametrize("arguments, message", [
     (["load", "nowhere"], "gpt2: nowhere is neither a folder nor one of"),
     (["save", "nothing.pt", "a"], "gpt2: nothing.pt is not there"),
-    (["save", "broken.pt", "a"], "gpt2: broken.pt is not a checkpoint"),
+    (["save", "broken.pt", "a"], "gpt2: broken.pt is not a whole checkpoint"),
 ])
 def test_errors_on_the_command_line_are_one_sentence(
     tmp_path, monkeypatch, arguments, message

@@ -63,10 +63,8 @@ def world(tmp_path_factory):
             for row in files[f"{name}.jsonl"]:
                 row["completion"] = answer(row["wants"], rng, 0.6, 0.25)
     vocab = prepare.train_bpe(files["pretrain.txt"], 400)
-    prepare.write(folder / "tokenizer.tiktoken", prepare.tiktoken_file(vocab))
-    for name, content in files.items():
-        text = content if isinstance(content, str) else prepare.json_lines(content)
-        prepare.write(folder / name, text)
+    texts = {name: x if isinstance(x, str) else prepare.json_lines(x) for name, x in files.items()}
+    prepare.write_files({"tokenizer.tiktoken": prepare.tiktoken_file(vocab), **texts}, folder)
     return folder
 
 

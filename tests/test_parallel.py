@@ -226,7 +226,7 @@ def test_pretrain_with_two_processes(tiny_data, tmp_path):
     assert done.stdout.count("gpt: cpu") == 1
     files = [sorted(path.relative_to(tmp_path / n) for path in (tmp_path / n).rglob("*"))
              for n in ("one", "two")]
-    assert files[0] == files[1] and len(files[1]) == 4  # gpt, gpt.pt, metrics, settings
+    assert files[0] == files[1] and len(files[1]) == 5  # gpt, gpt.pt, metrics, settings, state
     one, two = metrics(tmp_path / "one/gpt"), metrics(tmp_path / "two/gpt")
     assert [row["step"] for row in two] == [1, 2, 3]
     for key in ("loss", "grad_norm"):
@@ -241,9 +241,9 @@ def test_ppo_with_two_processes(results):
     assert rows[1]["objective/kl"] != 0 and np.isfinite([*rows[1].values()]).all()
     files = [sorted(path.relative_to(results.out / n) for path in (results.out / n).rglob("*"))
              for n in ("one", "two")]
-    assert files[0] == files[1] and len(files[1]) == 6
+    assert files[0] == files[1] and len(files[1]) == 7
     assert results.printed.count("eos_fraction") == 2  # a sample of each iteration
-    rlhf.load(settings(rlhf.PPO, results.out, out=str(results.out / "two")), "ppo_ptx")
+    rlhf.load(settings(rlhf.PPO, results.out, data="", out=str(results.out / "two")), "ppo_ptx")
 
 
 def test_a_mistake_is_one_sentence_of_all_processes(tiny_data, tmp_path):
@@ -260,7 +260,7 @@ def test_only_rank_0_writes(monkeypatch, tmp_path, capsys):
         own.step({"loss": 1.0}, "loss")
     own.finish(scalar())
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert own.bar.n == 1 and capsys.readouterr().err == ""
+    assert len(own.rows) == 1 and capsys.readouterr().err == ""
 
 
 def test_only_rank_0_evaluates(monkeypatch, tmp_path):

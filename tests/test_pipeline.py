@@ -5,10 +5,12 @@ import copy
 import json
 import math
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 from collections import Counter
+from random import Random
 
 import numpy as np
 import pytest
@@ -17,9 +19,10 @@ from conftest import ROOT, STAGES, gpt, gradients, replace_stages, scalar, setti
 from torch import tensor
 
 import rlhf
+from data import label
+from data.formats import EOT, fingerprint, read_comparisons
 from data.label import Label
 from model import pad_right
-from data.formats import EOT
 from rlhf import UserError, action_mask, ppo_backward, read_rows, token_logprobs
 
 PRESET = dict(block_size=128, n_layer=1, n_head=2, n_embd=16)
@@ -522,6 +525,75 @@ def test_checkpoint_of_another_kind_or_none(tmp_path, policy):
         rlhf.load(cfg, "missing")
 
 
+def test_a_checkpoint_that_would_run_code_does_not(tmp_path, policy):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    cfg = settings(rlhf.SFT, tmp_path, data="", out=str(tmp_path), name="good")
+    rlhf.save(cfg, policy)
+    content = torch.load(tmp_path / "good.pt", weights_only=True)
+    torch.save(content | {"config": Evil()}, tmp_path / "evil.pt")
+    (tmp_path / "evil2.pt").write_bytes(pickle.dumps(Evil()))
+    for name in ("evil", "evil2"):
+        with pytest.raises(UserError, match=f"{name}.pt (holds more than tensors|is not a whole)"):
+            rlhf.load(cfg, name)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(3000, marks=pytest.mark.slow)])
+def test_a_garbled_checkpoint_is_refused_or_whole(tmp_path, policy, count):
+    """A bit turned or the end cut off, anywhere: no other weights, and no other exception."""
+    cfg, rng = settings(rlhf.SFT, tmp_path, data="", out=str(tmp_path), name="good"), Random(0)
+    rlhf.save(cfg, policy)
+    whole, refused = (tmp_path / "good.pt").read_bytes(), 0
+    for i in range(count):
+        content, place = bytearray(whole), rng.randrange(len(whole))
+        content[place] ^= 1 << rng.randrange(8)
+        (tmp_path / "bad.pt").write_bytes(content if i % 4 else whole[:place])
+        try:
+            assert torch.equal(weights(rlhf.load(cfg, "bad")), weights(policy))
+        except UserError as error:
+            assert "bad.pt" in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused > 0.8 * count
+
+
+def test_shapes_are_checked_before_memory_is_taken(tmp_path, policy):
+    """A config of a trillion parameters is a sentence, at once."""
+    cfg = settings(rlhf.SFT, tmp_path, data="", out=str(tmp_path), name="good")
+    rlhf.save(cfg, policy)
+    content = torch.load(tmp_path / "good.pt", weights_only=True)
+    for field in ("vocab_size", "block_size", "n_embd"):
+        config = content["config"] | {field: 2**32}
+        torch.save(content | {"config": config}, tmp_path / "huge.pt")
+        with pytest.raises(UserError, match="huge.pt is not a checkpoint of this program: .*size"):
+            rlhf.load(cfg, "huge")
+
+
+def test_a_model_is_not_fed_the_tokens_of_another_vocabulary(tmp_path, tiny_data, tokenizer):
+    """Neither of another size nor of the same one; where only the size is known, that counts."""
+    other = tmp_path / "other"
+    other.mkdir()
+    lines = (tiny_data / "tokenizer.tiktoken").read_text().splitlines()
+    (a, rank_a), (b, rank_b) = (line.split() for line in lines[-2:])
+    lines[-2:] = [f"{a} {rank_b}", f"{b} {rank_a}"]
+    (other / "tokenizer.tiktoken").write_text("\n".join(lines))
+    cfg = settings(rlhf.SFT, tmp_path, data=str(tiny_data), out=str(tmp_path), name="own")
+    for known in (fingerprint(tokenizer), ""):
+        model = gpt(vocab_size=tokenizer.n_vocab, vocabulary=known)
+        rlhf.save(cfg, model)
+        assert torch.equal(weights(rlhf.load(cfg, "own")), weights(model))
+        cfg.data = str(other)
+        if known:
+            with pytest.raises(UserError, match="own.pt was trained on another vocabulary than"):
+                rlhf.load(cfg, "own")
+        cfg.data = str(tiny_data)
+    rlhf.save(cfg, gpt(vocab_size=tokenizer.n_vocab - 1))
+    with pytest.raises(UserError, match="own.pt was trained on another vocabulary than"):
+        rlhf.load(cfg, "own")
+
+
 # ---- data --------------------------------------------------------------------------------------
 
 def write_lines(path, *rows):
@@ -661,12 +733,15 @@ def chain(tiny_data, tmp_path_factory):
         fields = {"data": str(tiny_data), "out": str(folder), "max_new_tokens": 8, **fields}
         return settings(kind, folder, **fields)
 
-    from data import label
     torch.manual_seed(0)
     rlhf.pretrain(of(rlhf.Pretrain, preset="test", steps=4, batch_size=4))
     rlhf.sft(of(rlhf.SFT, epochs=2, batch_size=4))
     rlhf.sft(of(rlhf.SFT, name="ppo_init", epochs=1, batch_size=4, pretrain_fraction=0.1))
     label.label(of(Label))
+    for path in tiny_data.glob("comparisons*.jsonl"):  # what so small a model writes may all be tied
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows[0]["ranks"] = [*range(len(rows[0]["ranks"]))]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     rlhf.rm(of(rlhf.RM, batch_size=4))
     for name, ptx_coef in (("ppo", 0.0), ("ppo_ptx", 0.5)):
         rlhf.ppo(of(rlhf.PPO, name=name, iterations=2, rollout_size=4, minibatch_size=2,
@@ -689,7 +764,6 @@ def test_the_whole_chain(chain):
 
 def test_a_later_round_adds_its_rankings_to_those_before(chain, tiny_data, tmp_path):
     """Once: done again, a round takes its own place, and the first starts anew."""
-    from data import label
     out, of = chain
     data = tmp_path / "data"
     shutil.copytree(tiny_data, data)
@@ -729,6 +803,9 @@ def test_rm_starts_from_the_trunk_and_its_demonstrations_score_zero(chain, tiny_
         model = rlhf.load(cfg, name, rlhf.ScalarModel)
         rows = [ids for ids, _ in rlhf.read_demonstrations(tiny_data / "sft.jsonl", tokenizer, 128)]
         assert rlhf.score_rows(model, rows, cfg).mean().abs() < 1e-5
+        rows = read_comparisons(tiny_data / "comparisons.jsonl", tokenizer, 128)[:512]
+        scores = rlhf.score_rows(model, [ids for row in rows for ids in row["ids"]], cfg)
+        assert torch.equal(model.score_range, torch.stack([scores.min(), scores.max()]))
     assert torch.equal(weights(model.gpt), weights(rlhf.load(cfg, "sft")))
     (folder / "untrained.pt").unlink()
 
@@ -736,7 +813,7 @@ def test_rm_starts_from_the_trunk_and_its_demonstrations_score_zero(chain, tiny_
 def test_ppo_begins_with_copies(chain, monkeypatch):
     """Value network = reward model, reference = average = policy = --init; nothing in common."""
     _, of = chain
-    cfg = of(rlhf.PPO, name="start", iterations=1, rollout_size=4, ptx_coef=0.0)
+    cfg = of(rlhf.PPO, name="start", iterations=1, rollout_size=4, minibatch_size=4, ptx_coef=0.0)
     seen = []
 
     def look(models, *rest):
@@ -789,7 +866,7 @@ def test_ppo_stops_when_the_first_kl_is_not_zero(chain, monkeypatch):
 
     monkeypatch.setattr(rlhf, "rollout", drifted)
     with pytest.raises(UserError, match="KL .* it must be 0"):
-        rlhf.ppo(of(rlhf.PPO, name="start", iterations=1, rollout_size=4, ptx_coef=0.0))
+        rlhf.ppo(of(rlhf.PPO, name="drifted", iterations=1, rollout_size=4, minibatch_size=4))
 
 
 @pytest.mark.parametrize("scores, kept", [(None, 2), ([1.0, 3.0, 2.0], 1), ([3.0, 2.0, 1.0], 0)])
@@ -910,6 +987,50 @@ def test_chat_reply_is_text(policy, tokenizer, tmp_path):
         assert EOT not in reply and all(char.isprintable() or char == "\n" for char in reply)
 
 
+def test_a_long_conversation_drops_its_oldest_turns_and_says_so(
+    tiny_data, tokenizer, tmp_path, monkeypatch, capsys
+):
+    """It goes on whatever is typed, odd bytes too; the end of the input is a good end."""
+    cfg = settings(rlhf.Chat, tmp_path, data=str(tiny_data), out=str(tmp_path), model="own")
+    cfg.name, cfg.max_new_tokens = "own", 8
+    rlhf.save(cfg, gpt(vocab_size=tokenizer.n_vocab, block_size=64))
+    typed, seen = iter(["hello", "tell me more " * 3, "x " * 200, "\udcff\x1b[2J", "end"]), []
+    generate = rlhf.stream
+
+    def said(prompt):
+        return next(typed, "")
+
+    def watched(policy, prompts, *rest):
+        seen.append(prompts[0])
+        return generate(policy, prompts, *rest)
+
+    monkeypatch.setattr("builtins.input", said)
+    monkeypatch.setattr(rlhf, "stream", watched)
+    rlhf.run(rlhf.chat, cfg)
+    shown = capsys.readouterr().out
+    assert len(seen) == 5 and max(map(len, seen)) <= 64 - 8
+    assert "the oldest question and answer are forgotten" in shown and "only the end" in shown
+    assert all(char.isprintable() or char == "\n" for char in shown)
+    assert tokenizer.decode(seen[0]) == "\n\nHuman: hello\n\nAssistant:"
+
+
+@pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
+def test_chat_ends_cleanly(tiny_data, tokenizer, tmp_path, monkeypatch, end):
+    cfg = settings(rlhf.Chat, tmp_path, data=str(tiny_data), out=str(tmp_path), model="own")
+    cfg.name = "own"
+    rlhf.save(cfg, gpt(vocab_size=tokenizer.n_vocab, block_size=64))
+
+    def ended(_):
+        raise end
+
+    monkeypatch.setattr("builtins.input", ended)
+    if end is EOFError:
+        rlhf.run(rlhf.chat, cfg)
+    else:
+        with pytest.raises(SystemExit, match="chat: stopped"):
+            rlhf.run(rlhf.chat, cfg)
+
+
 # ---- the command line --------------------------------------------------------------------------
 
 @pytest.fixture
@@ -940,6 +1061,54 @@ def test_what_is_not_understood_is_refused(called, line, capsys):
     with pytest.raises(SystemExit) as end:
         rlhf.main(line.split())
     assert end.value.code == 2 and not called and "usage" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line, sentence", [
+    ("pertrain", "no stage pertrain: did you mean pretrain?"),
+    ("sft --learning-rate 1", "no flag --learning-rate: did you mean --learning_rate?"),
+    ("ppo --kl_coeff=0.1", "no flag --kl_coeff: did you mean --kl_coef?"),
+    ("rm --learning_rate -1", "--learning_rate -1.0: should be from 0 to"),
+    ("rm --learning_rate nan", "--learning_rate nan: should be from 0 to"),
+    ("rm --learning_rate inf", "--learning_rate inf: should be from 0 to"),
+    ("sft --epochs 0", "--epochs 0: should be from 1 to"),
+    ("sft --dropout 1", "--dropout 1.0: should be from 0 to 0.99"),
+    ("sft --pretrain_fraction 1", "--pretrain_fraction 1.0: should be from 0 to 0.99"),
+    ("ppo --gamma 1.01", "--gamma 1.01: should be from 0 to 1"),
+    ("ppo --ema_decay 2", "--ema_decay 2.0: should be from 0 to 1"),
+    ("ppo --seed -1", "--seed -1: should be from 0 to"),
+    ("ppo --rollout_size 8", "--minibatch_size 32: should be at most --rollout_size 8"),
+    ("ppo --missing_eos_score nan", "--missing_eos_score nan: should be from -1e+09"),
+    ("sft --init sft", "--name sft: should not be a model that the run starts from"),
+    ("ppo --name rm", "--name rm: should not be a model that the run starts from"),
+    ("chat --temperature -0.1", "--temperature -0.1: should be from 0 to"),
+    ("pretrain --preset gpt3", "invalid choice: 'gpt3'"),
+])
+def test_impossible_flags_are_refused_before_any_work(called, line, sentence, capsys):
+    with pytest.raises(SystemExit) as end:
+        rlhf.main(line.split())
+    assert end.value.code == 2 and not called and sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["--sed 3", "--k_min 0"])
+def test_label_refuses_in_the_same_words(line, capsys):
+    with pytest.raises(SystemExit) as end:
+        label.main(line.split())
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and ("did you mean --seed?" in said or "should be from 1" in said)
+
+
+def test_a_device_that_is_not_there(called, capsys):
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="rm: --device cuda: there is none that torch .* sees"):
+            rlhf.main(["rm", "--device", "cuda"])
+
+
+def test_a_context_without_room_for_a_prompt(chain):
+    _, of = chain
+    for kind, stage in ((rlhf.PPO, rlhf.ppo), (rlhf.Evaluate, rlhf.evaluate), (rlhf.Chat, rlhf.chat),
+                        (Label, label.label)):
+        with pytest.raises(UserError, match="--max_new_tokens 128: should leave room for a prompt"):
+            stage(of(kind, max_new_tokens=128))
 
 
 @pytest.mark.parametrize("kind", [*STAGES.values(), Label])
