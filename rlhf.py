@@ -314,21 +314,21 @@ class Common:
 
     def __post_init__(self) -> None:
         """UserError for a value that nobody can mean."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            least, most = RANGES.get(field.name, (1 if field.type is int else 0, 1e9))
-            if field.type in (int, float) and not least <= value <= most:
-                raise UserError(f"--{field.name} {value}: should be from {least:g} to {most:g}")
+        own = vars(self)
+        for name, kind in [(field.name, field.type) for field in fields(self)]:
+            least, most = RANGES.get(name, (1 if kind is int else 0, 1e9))
+            if kind in (int, float) and not least <= own[name] <= most:
+                raise UserError(f"--{name} {own[name]}: should be from {least:g} to {most:g}")
+        if own.get("minibatch_size", 0) > own.get("rollout_size", 0):
+            sizes = f"--minibatch_size {own['minibatch_size']} --rollout_size {own['rollout_size']}"
+            raise UserError(f"{sizes}: a minibatch should not be larger than the rollout")
+        if "name" in own and own["name"] in (own.get("init"), own.get("reward_model")):
+            raise UserError(f"--name {own['name']}: should not be that of a model it starts from")
 
 @dataclass
 class Training(Common):
     resume: bool = False  # go on where the run of this name was stopped, to the same bits
     save_minutes: float = 5.0  # between two states kept for --resume; they change no result
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.name in (vars(self).get("init"), vars(self).get("reward_model")):
-            raise UserError(f"--name {self.name}: should not be a model that the run starts from")
 
 @dataclass
 class Pretrain(Training):
@@ -380,12 +380,6 @@ class PPO(Training):
     max_kl: float = 1.0  # nats a token: when a rollout's policy is left that far, its updates end
     missing_eos_score: float = -1.0  # replaces the score of a response without EOS (likewise)
     ema_decay: float = 0.992  # a step, of the weights that are kept (paper: 0.992)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.minibatch_size > self.rollout_size:
-            limit = f"should be at most --rollout_size {self.rollout_size}"
-            raise UserError(f"--minibatch_size {self.minibatch_size}: {limit}")
 
 @dataclass
 class Evaluate(Common):
@@ -821,13 +815,13 @@ def settle(cfg: Common) -> None:
     if cfg.device == "cpu":
         tune_cpu()
 
-def run(stage, cfg: Common) -> None:
-    """Settle what is "auto", seed, run the stage; what a person can mend ends in one sentence."""
-    trains = isinstance(cfg, Training)
+def run(stage, settings: type, flags: dict) -> None:
+    """Seed and run the stage; what a person can mend ends in one sentence."""
+    trains = issubclass(settings, Training)
     if RANK > 0 and not trains:  # the rest is work for one process
         return
     try:
-        settle(cfg)
+        settle(cfg := settings(**flags))
         torch.manual_seed(cfg.seed + 100_003 * RANK)  # samples and dropout of its own
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         joining, half = joined(cfg.device, trains), cfg.dtype == "bfloat16"
@@ -860,13 +854,6 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict:
         parser.error(f"no flag {nearest(flag, names)}")
     return vars(found)
 
-def made(parser: argparse.ArgumentParser, settings: type, flags: dict) -> Common:
-    """The settings, if their values are possible."""
-    try:
-        return settings(**flags)
-    except UserError as error:
-        parser.error(str(error))
-
 def main(argv: list[str] | None = None) -> None:
     """python rlhf.py STAGE --flag value"""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -880,7 +867,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"no stage {nearest(argv[0], stages)}")
     flags = parse(parser, argv)
     stage = stages[flags.pop("stage")]
-    run(stage, made(parser, stage.__annotations__["cfg"], flags))
+    run(stage, stage.__annotations__["cfg"], flags)
 
 if __name__ == "__main__":
     main()

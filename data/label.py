@@ -25,7 +25,7 @@ from data import answers, fable, people  # noqa: E402
 from data.formats import encode, gold_function, own_turn, printable, replacing  # noqa: E402
 from model import ScalarModel  # noqa: E402
 from rlhf import (  # noqa: E402
-    Common, UserError, add_flags, complete, decode, get_tokenizer, load, made, parse, read_rows,
+    Common, UserError, add_flags, complete, decode, get_tokenizer, load, parse, read_rows,
     responses, room, run, score_rows,
 )
 
@@ -219,18 +219,17 @@ def main(argv: list[str] | None = None) -> None:
     tasks.add_argument("--agreement", metavar="FILE", help="how far the labelers of a file agree")
     flags = parse(parser, argv)
     write, two, file = (flags.pop(name) for name in ("write", "blind", "agreement"))
-    cfg = made(parser, Label, flags)
     if write:
         stage = people.write
     elif two:
-        stage, cfg.models = people.blind, ",".join(two)
+        stage, flags["models"] = people.blind, ",".join(two)
     elif file:
-        stage, cfg.prompts = agree, file
-    elif cfg.by == "scripted":
+        stage, flags["prompts"] = agree, file
+    elif flags["by"] == "scripted":
         stage = scripted
     else:
-        stage = rank_by_model if cfg.by.endswith(".pt") else people.rank
-    run(stage, cfg)
+        stage = rank_by_model if flags["by"].endswith(".pt") else people.rank
+    run(stage, Label, flags)
 
 
 if __name__ == "__main__":

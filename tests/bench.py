@@ -342,7 +342,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, help=text, default=SUPPRESS)
     flags = vars(parser.parse_args(argv))
     settings = vars(rlhf.PPO(ptx_coef=0.0, out=".")) | {"repeats": 5} | WORK[flags["shape"]] | flags
-    rlhf.run(bench, Namespace(**settings))
+    rlhf.run(bench, Namespace, settings)
 
 
 if __name__ == "__main__":

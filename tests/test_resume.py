@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import rlhf
 import torch
-from conftest import ROOT, settings
+from conftest import ROOT
 from data.formats import lock
 from test_pipeline import PRESET, chain  # noqa: F401  a fixture
 
@@ -41,16 +41,16 @@ class Killed(BaseException):
 
 @pytest.fixture
 def start(chain, tmp_path, tiny_data):  # noqa: F811
-    """start(stage, name, **flags): the stage by its command line, in a folder with what it needs."""
+    """start(stage, name, **flags): the stage as from the command line, where all it needs is."""
     for path in chain[0].glob("*.pt"):
         shutil.copy(path, tmp_path)
     rlhf.PRESETS["test"] = PRESET
 
     def run(stage, name="run", **flags):
         kind, small = SMALL[stage]
-        cfg = settings(kind, tmp_path, **{"data": str(tiny_data), "out": str(tmp_path),
-                                          "name": name, "save_minutes": 0.05, **small, **flags})
-        rlhf.run(getattr(rlhf, stage), cfg)
+        own = {"data": str(tiny_data), "out": str(tmp_path), "name": name, "save_minutes": 0.05}
+        flags = {"device": "cpu", "dtype": "float32", **own, **small, **flags}
+        rlhf.run(getattr(rlhf, stage), kind, flags)
 
     return run
 
@@ -94,7 +94,8 @@ def events(monkeypatch):
 
         return wrapper
 
-    for module, name in ((rlhf, "update"), (checkpoint, "write_tensors"), (checkpoint.Log, "line")):
+    places = (rlhf, "update"), (checkpoint, "write_tensors"), (checkpoint.Log, "line")
+    for module, name in places:
         monkeypatch.setattr(module, name, counted(getattr(module, name)))
     return events
 
@@ -241,7 +242,7 @@ def with_nan(x: torch.Tensor) -> torch.Tensor:
 def test_nan_stops_before_the_step(
     start, tmp_path, monkeypatch, stage, function, at, sentence
 ):
-    """Tensor, step and rows are named; what was kept is the state before, and goes on from there."""
+    """Tensor, step and rows are named; what was kept is the state before, from which it goes on."""
     start(stage, "whole")
     with monkeypatch.context() as patch:
         poisoned(patch, function, at, with_nan)
