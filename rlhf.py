@@ -450,6 +450,10 @@ def sft(cfg: SFT) -> None:
     if mixed := round(len(rows) * cfg.pretrain_fraction / (1 - cfg.pretrain_fraction)):
         rows += passages(read_pretraining(data / "pretrain.txt", tokenizer), mixed, cfg.window, rng)
     batches = epochs(rows, cfg.epochs, cfg.batch_size, rng)
+    longest = room(model, cfg) if reward_model else 0
+    prompts = [ids[:prompt_len] for ids, prompt_len in valid if prompt_len <= longest]
+    if reward_model and not prompts:
+        raise UserError(f"--max_new_tokens {cfg.max_new_tokens}: no prompt leaves so much room")
 
     @torch.no_grad()
     def validate(step: int, earlier: list[dict]) -> dict[str, float]:
@@ -457,8 +461,6 @@ def sft(cfg: SFT) -> None:
             return {}
         metrics = {"valid/loss": lm_pass(model.eval(), valid, cfg)}
         if reward_model:
-            short = [row for row in valid if row[1] <= room(model, cfg)]
-            prompts = [ids[:prompt_len] for ids, prompt_len in short or valid[:1]]
             tokens, _, lens = complete(model, prompts, tokenizer.eot_token, cfg.max_new_tokens)
             metrics["valid/score"] = sequence_scores(reward_model, tokens, lens).mean().item()
         scores = [row["valid/score"] for row in [*earlier, metrics] if "valid/score" in row]

@@ -856,6 +856,15 @@ def test_ppo_warms_up_over_ten_iterations_and_keeps_the_average(chain, monkeypat
     (folder / "warm.pt").unlink()
 
 
+def test_nothing_a_policy_writes_moves_the_cursor(chain, monkeypatch, capsys):
+    folder, of = chain
+    monkeypatch.setattr(rlhf, "decode", lambda *_: "\x1b]0;title\x07\x1b[2Jhello\r\x9b1A")
+    rlhf.ppo(of(rlhf.PPO, name="rude", iterations=1, rollout_size=4, minibatch_size=4))
+    (folder / "rude.pt").unlink()
+    shown = capsys.readouterr().out
+    assert "hello" in shown and all(char.isprintable() or char == "\n" for char in shown)
+
+
 def test_ppo_stops_when_the_first_kl_is_not_zero(chain, monkeypatch):
     _, of = chain
     rollout = rlhf.rollout
@@ -895,6 +904,21 @@ def test_sft_scores_samples_when_it_has_a_reward_model(chain):
     lines = (folder / "scored/metrics.jsonl").read_text().splitlines()
     assert {"valid/loss", "valid/score"} <= set(json.loads(lines[-1]))
     (folder / "scored.pt").unlink()
+
+
+def test_sft_scores_the_prompts_that_leave_room(chain, tiny_data, tokenizer):
+    """The longest prompt alone leaves none for so many tokens; then none of them does."""
+    folder, of = chain
+    valid = rlhf.read_demonstrations(tiny_data / "sft_valid.jsonl", tokenizer, 128)
+    lens = [prompt_len for _, prompt_len in valid]
+    for longest, fits in ((max(lens) - 1, True), (min(lens) - 1, False)):
+        cfg = of(rlhf.SFT, name="roomy", reward_model="rm", epochs=1, max_new_tokens=128 - longest)
+        if fits:
+            rlhf.sft(cfg)
+            (folder / "roomy.pt").unlink()
+        else:
+            with pytest.raises(UserError, match="no prompt leaves so much room"):
+                rlhf.sft(cfg)
 
 
 def test_stages_repeat_to_the_bit(chain):
