@@ -222,7 +222,6 @@ def stream(model: GPT, prompts: list[list[int]], max_new_tokens: int, eos: int, 
     cache.width = tokens.size(1)
     state = model.hidden(tokens, cache)[rows, lens - 1]
     cache.position = lens.clone()
-    longest = int(lens.max())
     for i in range(max_new_tokens):
         token = sample(model.unembed(state), temperature)
         yield rows[alive], token[alive]
@@ -233,7 +232,7 @@ def stream(model: GPT, prompts: list[list[int]], max_new_tokens: int, eos: int, 
             cache.width = multiple(tokens.size(1) + max_new_tokens)
             step = captured(step, token) if i == 0 else step
         else:
-            cache.width = multiple(longest + i + 1)
+            cache.width = multiple(int(lens.max()) + i + 1)
             if alive.sum() <= 0.8 * len(alive):  # often enough to save work, but to copy little
                 cache.keep(alive)
                 rows, token, alive = rows[alive], token[alive], alive[alive]

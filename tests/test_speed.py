@@ -71,6 +71,24 @@ def test_a_weight_that_changed_is_cast_again(prompts):
     assert torch.equal(after, fresh) and not torch.equal(after, before)
 
 
+# ---- microbatches --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("lens, size, device, parts", [
+    ([], 4, "cpu", []),
+    ([9], 4, "cpu", [[9]]),
+    ([9] * 10, 4, "cpu", [[9, 9], [9, 9, 9]] * 2),  # as many as fit into memory
+    ([10] * 4 + [74] * 4, 8, "cpu", [[10] * 4 + [74] * 4]),  # 256 tokens of padding: one pass
+    ([10] * 4 + [75] * 4, 8, "cpu", [[10] * 4, [75] * 4]),  # 260: two are cheaper
+    ([10] * 4 + [75] * 4, 8, "cuda", [[10] * 4 + [75] * 4]),
+    ([1, 600, 1200], 8, "cpu", [[1], [600], [1200]]),
+])
+def test_rows_of_like_length_share_a_microbatch(lens, size, device, parts):
+    cfg = rlhf.PPO(microbatch_size=size, device=device)
+    assert rlhf.alike(lens, lens, cfg) == parts
+    tensors = rlhf.alike(torch.tensor(lens), lens, cfg)
+    assert [part.tolist() for part in tensors] == parts
+
+
 # ---- settings of the processor -------------------------------------------------------------------
 
 @pytest.fixture
