@@ -49,11 +49,10 @@ class KVCache:
         B, T, _, H, D = new.shape
         cached = self.layers.get(layer, new.new_zeros(2, B, H, 0, D))
         if missing := self.width - cached.size(3):  # products are fast on contiguous tensors alone
-            cached = F.pad(cached, (0, 0, 0, missing))
+            cached = self.layers[layer] = F.pad(cached, (0, 0, 0, missing))
         rows = torch.arange(B, device=new.device)[:, None]
         columns = self.position[:, None] + torch.arange(T, device=new.device)
         cached[:, rows, :, columns] = new
-        self.layers[layer] = cached
         return cached
 
     def keep(self, alive: Tensor) -> None:

@@ -168,8 +168,7 @@ def token_logprobs(policy: GPT, tokens: Tensor, mask: Tensor) -> Tensor:
     states = policy.hidden(tokens[:, :-1]).flatten(0, 1)[rounded]
     actions = tokens[:, 1:].flatten()[rounded]
     logprobs = -F.cross_entropy(policy.unembed(states).float(), actions, reduction="none")
-    empty = torch.zeros_like(mask).flatten()
-    return empty.index_put((wanted,), logprobs[: len(wanted)]).view_as(mask)
+    return torch.zeros_like(mask).masked_scatter(mask > 0, logprobs)
 
 def sequence_scores(reward_model: ScalarModel, tokens: Tensor, total_lens: Tensor) -> Tensor:
     """r(x, y), read at each row's last token, EOS: (B, T), (B,) -> (B,)."""
@@ -372,6 +371,7 @@ class RM(Common):
     init: str = "sft"  # the policy whose trunk it starts from
     epochs: int = 2  # passes over the comparisons (paper: 1 over five times as many)
     batch_size: int = 8  # prompts a step, with all their pairs (paper: 64)
+    microbatch_size: int = 72  # rows of a forward pass, 9 a prompt: bounds the memory alone
     learning_rate: float = 3e-4  # peak, cosine to 10 % (paper: 9e-6)
 
 @dataclass
@@ -508,13 +508,12 @@ def rm_backward(model: ScalarModel, batch: list[dict], cfg: RM) -> float:
     """Accumulate the gradient of (2) over a batch of prompts, whose completions stay together."""
     count = max(1, sum(len(set(row["ranks"])) > 1 for row in batch))
     total = 0.0
-    size = max(1, cfg.microbatch_size // 9)  # K is 9 at most in the paper
-    for part in chunks(share(batch), size):
-        tokens, lens = pad_right([ids for row in part for ids in row["ids"]], cfg.device)
-        ranks = torch.tensor([rank for row in part for rank in row["ranks"]])
-        groups = torch.tensor([i for i, row in enumerate(part) for _ in row["ids"]])
-        scores = sequence_scores(model, tokens, lens)
-        loss = pairwise_loss(scores, ranks.to(cfg.device), groups.to(cfg.device), count)
+    for part in chunks(share(batch), max(1, cfg.microbatch_size // 9)):  # K is at most 9 (paper)
+        rows = [(*pair, i) for i, row in enumerate(part) for pair in zip(row["ids"], row["ranks"])]
+        ids, ranks, groups = zip(*sorted(rows, key=lambda row: len(row[0])))
+        parts = [pad_right(x, cfg.device) for x in alike(ids, [len(x) for x in ids], cfg)]
+        scores = torch.cat([sequence_scores(model, *x) for x in parts])
+        loss = pairwise_loss(scores, *torch.tensor([ranks, groups], device=cfg.device), count)
         loss.backward()
         total += loss.item()
     return sum(gather(total))
