@@ -36,30 +36,30 @@ PRESETS = {
 }
 
 class KVCache:
-    """Keys and values of the tokens read so far, allocated once, with one write position per row.
+    """Keys and values of the tokens read so far, with one write position per row.
 
     A prompt's padding is written too, and overwritten later: no row looks beyond its own position.
     """
-    def __init__(self, batch: int, length: int, device: torch.device):
-        self.length, self.layers = length, {}  # layer -> keys, values, each (B, H, length, D)
-        self.width = length  # the columns that attention looks at: what is written so far, rounded
+    def __init__(self, batch: int, device: torch.device):
+        self.layers = {}  # layer -> keys and values (2, B, H, width, D)
+        self.width = 0  # the columns there are, which attention looks at: it may be set, to grow
         self.position = torch.zeros(batch, dtype=torch.long, device=device)  # next column, by row
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, H, T, D) from each row's position on; returns `width` columns."""
-        if layer not in self.layers:
-            shape = (*k.shape[:2], self.length, k.size(3))
-            self.layers[layer] = k.new_zeros(shape), v.new_zeros(shape)
-        rows = torch.arange(len(k), device=k.device)[:, None]
-        columns = self.position[:, None] + torch.arange(k.size(2), device=k.device)
-        for cached, new in zip(self.layers[layer], (k, v)):
-            cached[rows, :, columns] = new.transpose(1, 2)
-        return tuple(cached[:, :, : self.width] for cached in self.layers[layer])
+    def update(self, layer: int, new: Tensor) -> Tensor:
+        """Store new (B, T, 2, H, D) from each row's position on; returns all columns."""
+        B, T, _, H, D = new.shape
+        cached = self.layers.get(layer, new.new_zeros(2, B, H, 0, D))
+        if missing := self.width - cached.size(3):  # products are fast on contiguous tensors alone
+            cached = self.layers[layer] = F.pad(cached, (0, 0, 0, missing))
+        rows = torch.arange(B, device=new.device)[:, None]
+        columns = self.position[:, None] + torch.arange(T, device=new.device)
+        cached[:, rows, :, columns] = new
+        return cached
 
     def keep(self, alive: Tensor) -> None:
         """Drop all other rows, so that a response that has ended costs nothing more."""
         self.position = self.position[alive]
-        self.layers = {i: (k[alive], v[alive]) for i, (k, v) in self.layers.items()}
+        self.layers = {layer: cached[:, alive] for layer, cached in self.layers.items()}
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v: (B, H, T, D), twice (B, H, S, D), (1 or B, 1, T, S)."""
@@ -84,7 +84,7 @@ class Attention(nn.Module):
         heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)
+            k, v = cache.update(self.layer, heads[:, :, 1:])
         return self.c_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, C))
 
 class MLP(nn.Module):
@@ -215,7 +215,7 @@ def stream(model: GPT, prompts: list[list[int]], max_new_tokens: int, eos: int, 
         raise ValueError(f"prompts of {lens.min()} to {lens.max()} tokens: they need {need}")
     rows = torch.arange(len(tokens), device=tokens.device)
     alive = torch.ones_like(rows, dtype=torch.bool)
-    cache = KVCache(len(rows), multiple(tokens.size(1) + max_new_tokens), tokens.device)
+    cache = KVCache(len(rows), tokens.device)
 
     def step(token: Tensor) -> Tensor:
         return model.hidden(token[:, None], cache)[:, 0]
@@ -223,7 +223,6 @@ def stream(model: GPT, prompts: list[list[int]], max_new_tokens: int, eos: int, 
     cache.width = tokens.size(1)
     state = model.hidden(tokens, cache)[rows, lens - 1]
     cache.position = lens.clone()
-    longest = int(lens.max())
     for i in range(max_new_tokens):
         token = sample(model.unembed(state), temperature)
         yield rows[alive], token[alive]
@@ -231,10 +230,10 @@ def stream(model: GPT, prompts: list[list[int]], max_new_tokens: int, eos: int, 
         if i + 1 == max_new_tokens or not alive.any():
             return
         if token.is_cuda:  # a launch costs more than what rows that have ended or columns cost
-            cache.width = cache.length
+            cache.width = multiple(tokens.size(1) + max_new_tokens)
             step = captured(step, token) if i == 0 else step
         else:
-            cache.width = multiple(longest + i + 1)
+            cache.width = multiple(int(lens.max()) + i + 1)
             if alive.sum() <= 0.8 * len(alive):  # often enough to save work, but to copy little
                 cache.keep(alive)
                 rows, token, alive = rows[alive], token[alive], alive[alive]

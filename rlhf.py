@@ -170,8 +170,7 @@ def token_logprobs(policy: GPT, tokens: Tensor, mask: Tensor) -> Tensor:
     states = policy.hidden(tokens[:, :-1]).flatten(0, 1)[rounded]
     actions = tokens[:, 1:].flatten()[rounded]
     logprobs = -F.cross_entropy(policy.unembed(states).float(), actions, reduction="none")
-    empty = torch.zeros_like(mask).flatten()
-    return empty.index_put((wanted,), logprobs[: len(wanted)]).view_as(mask)
+    return torch.zeros_like(mask).masked_scatter(mask > 0, logprobs)
 
 def sequence_scores(reward_model: ScalarModel, tokens: Tensor, total_lens: Tensor) -> Tensor:
     """r(x, y), read at each row's last token, EOS: (B, T), (B,) -> (B,)."""
@@ -189,6 +188,15 @@ def chunks(rows, size: int) -> list:
     """Consecutive parts of at most `size`."""
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
+def by_length(rows, lens: list[int], cfg: "Common") -> list[list[int]]:
+    """Numbers of rows, in microbatches of like length: on a CPU halved where that saves padding."""
+    rows = sorted(rows, key=lambda i: lens[i])
+    half = len(rows) // 2
+    saved = half * (lens[rows[-1]] - lens[rows[half - 1]]) if half and cfg.device == "cpu" else 0
+    if len(rows) <= cfg.microbatch_size and saved <= 256:  # tokens; a further pass costs as much
+        return chunks(rows, cfg.microbatch_size)
+    return by_length(rows[:half], lens, cfg) + by_length(rows[half:], lens, cfg)
+
 def lm_pass(policy: GPT, rows: list[tuple], cfg: "Common", coef: float = 1.0) -> float:
     """(1) over rows of (ids, prompt_len), in microbatches; raw text has a prompt of one token.
 
@@ -196,8 +204,8 @@ def lm_pass(policy: GPT, rows: list[tuple], cfg: "Common", coef: float = 1.0) ->
     """
     count = sum(len(ids) - prompt_len for ids, prompt_len in rows)
     total = 0.0
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))  # like lengths: less padding
-    for part in chunks(share(order), cfg.microbatch_size):
+    lens = [len(ids) for ids, _ in rows]
+    for part in by_length(share(range(len(rows))), lens, cfg):
         tokens, total_lens = pad_right([rows[i][0] for i in part], cfg.device)
         prompt_lens = torch.tensor([rows[i][1] for i in part], device=cfg.device)
         mask = action_mask(prompt_lens, total_lens, tokens.size(1))
@@ -208,11 +216,12 @@ def lm_pass(policy: GPT, rows: list[tuple], cfg: "Common", coef: float = 1.0) ->
         total += loss.item()
     return sum(gather(total))
 
-@torch.no_grad()
 def score_rows(model: ScalarModel, rows: list[list[int]], cfg: "Common") -> Tensor:
-    """The score of each list of ids: (N,), on the CPU."""
-    parts = [pad_right(part, cfg.device) for part in chunks(rows, cfg.microbatch_size)]
-    return torch.cat([sequence_scores(model, tokens, lens).cpu() for tokens, lens in parts])
+    """The score of each list of ids: (N,)."""
+    parts = by_length(range(len(rows)), [len(ids) for ids in rows], cfg)
+    padded = [pad_right([rows[i] for i in part], cfg.device) for part in parts]
+    scores = torch.cat([sequence_scores(model, tokens, lens) for tokens, lens in padded])
+    return scores[np.argsort(sum(parts, []))]
 
 @torch.no_grad()
 def complete(policy: GPT, prompts: list[list[int]], eos: int, max_new_tokens: int, temperature=1.0):
@@ -356,6 +365,7 @@ class RM(Training):
     init: str = "sft"  # the policy whose trunk it starts from
     epochs: int = 2  # passes over the comparisons (paper: 1 over five times as many)
     batch_size: int = 8  # prompts a step, with all their pairs (paper: 64)
+    microbatch_size: int = 72  # rows of a forward pass, 9 a prompt: bounds the memory alone
     learning_rate: float = 3e-4  # peak, cosine to 10 % (paper: 9e-6)
 
 @dataclass
@@ -485,10 +495,7 @@ def rm(cfg: RM) -> None:
     valid = read_comparisons(data / "comparisons_valid.jsonl", tokenizer, context)
     demonstrations = read_demonstrations(data / "sft.jsonl", tokenizer, context)
     log = fit(model, epochs(train, cfg.epochs, cfg.batch_size, rng), rm_backward, cfg, rng)
-    scores = score_rows(model, [ids for ids, _ in demonstrations], cfg)
-    model.head.bias.data -= scores.mean()  # so that demonstrations score 0 on average (C.2)
-    scores = score_rows(model, [ids for row in train[:512] for ids in row["ids"]], cfg)
-    model.score_range.copy_(torch.stack([scores.min(), scores.max()]))
+    normalise(model, demonstrations, train, cfg)
     report = rm_report(model, {row.get("labeler") for row in train}, valid, cfg)
     log.line(report)
     tqdm.write(describe(report))
@@ -498,17 +505,24 @@ def rm_backward(model: ScalarModel, batch: list[dict], cfg: RM) -> float:
     """Accumulate the gradient of (2) over a batch of prompts, whose completions stay together."""
     count = max(1, sum(len(set(row["ranks"])) > 1 for row in batch))
     total = 0.0
-    size = max(1, cfg.microbatch_size // 9)  # K is 9 at most in the paper
-    for part in chunks(share([*enumerate(batch)]), size):
-        tokens, lens = pad_right([ids for _, row in part for ids in row["ids"]], cfg.device)
-        ranks = torch.tensor([rank for _, row in part for rank in row["ranks"]])
-        groups = torch.tensor([i for i, row in part for _ in row["ids"]])
-        scores = finite(sequence_scores(model, tokens, lens), "scores of rows", groups.tolist())
-        loss = pairwise_loss(scores, ranks.to(cfg.device), groups.to(cfg.device), count)
+    for part in chunks(share(range(len(batch))), max(1, cfg.microbatch_size // 9)):  # paper: K <= 9
+        ids = [ids for i in part for ids in batch[i]["ids"]]
+        ranks = torch.tensor([rank for i in part for rank in batch[i]["ranks"]], device=cfg.device)
+        groups = torch.tensor([i for i in part for _ in batch[i]["ids"]], device=cfg.device)
+        scores = finite(score_rows(model, ids, cfg), "scores of rows", groups.tolist())
+        loss = pairwise_loss(scores, ranks, groups, count)
         loss.backward()
         total += loss.item()
     return sum(gather(total))
 
+@torch.no_grad()
+def normalise(model: ScalarModel, demonstrations: list, train: list[dict], cfg: RM) -> None:
+    """Shift the scores so that demonstrations have 0 on average (C.2); note how far they range."""
+    model.head.bias -= score_rows(model, [ids for ids, _ in demonstrations], cfg).mean()
+    scores = score_rows(model, [ids for row in train[:512] for ids in row["ids"]], cfg)
+    model.score_range.copy_(torch.stack([scores.min(), scores.max()]))
+
+@torch.no_grad()
 def rm_report(model: ScalarModel, seen: set, valid: list[dict], cfg: RM) -> dict[str, float]:
     """On held-out prompts: the share of untied pairs put in the labeler's order and their margin,
     for labelers `seen` in training and others; the scores' spread and correlation with length."""
@@ -546,11 +560,11 @@ class Rollout(NamedTuple):
     advantages: Tensor
     returns: Tensor
 
-def minibatches(order: Tensor, lens: Tensor, cfg: PPO) -> list[list[Tensor]]:
+def minibatches(order: Tensor, lens: Tensor, cfg: PPO) -> list[list[list[int]]]:
     """This process's rows of each optimizer step, in microbatches of like length: less padding,
     and no bias, as chance decides who shares a step."""
-    steps = [rows[lens[rows].argsort(stable=True)] for rows in chunks(order, cfg.minibatch_size)]
-    return [chunks(share(rows), cfg.microbatch_size) for rows in steps]
+    steps = chunks(order.tolist(), cfg.minibatch_size)
+    return [by_length(share(rows), lens.tolist(), cfg) for rows in steps]
 
 @torch.no_grad()
 def rollout(models: Models, prompts: list, eos: int, cfg: PPO) -> tuple[Rollout, Tensor, dict]:
@@ -589,7 +603,7 @@ def rollout(models: Models, prompts: list, eos: int, cfg: PPO) -> tuple[Rollout,
     batch = Rollout(tokens, mask, logprobs, values, whiten(advantages, mask), returns)
     return batch, lens, episodes
 
-def ppo_backward(models: Models, batch: Rollout, microbatches: list[Tensor], cfg: PPO) -> dict:
+def ppo_backward(models: Models, batch: Rollout, microbatches: list[list[int]], cfg: PPO) -> dict:
     """Accumulate the gradients of (5) in the policy, of (6) in the value network: statistics."""
     count = sum(gather(sum(batch.mask[rows].sum().item() for rows in microbatches)))
     parts = []
@@ -598,8 +612,8 @@ def ppo_backward(models: Models, batch: Rollout, microbatches: list[Tensor], cfg
         tokens = batch.tokens[rows, : width + 1]
         mask, old, old_values, advantages, returns = (x[rows, :width] for x in batch[1:])
         new, values = token_logprobs(models.policy, tokens, mask), models.value(tokens[:, :-1])
-        finite(new, "log-probabilities of rows", rows.tolist())
-        finite(values, "values of rows", rows.tolist())
+        finite(new, "log-probabilities of rows", rows)
+        finite(values, "values of rows", rows)
         loss, of_policy = policy_loss(new, old, advantages, mask, cfg.cliprange, count)
         error, of_value = value_loss(values, old_values, returns, mask, cfg.cliprange_value, count)
         (loss + error).backward()  # two networks with no parameter in common
@@ -617,7 +631,7 @@ def ppo_update(models, optimizers, batch: Rollout, lens: Tensor, text, factor: f
     """
     steps, orders = [], [torch.arange(len(lens))]  # the first is the rollout's: its ratio is 1
     orders += [gather(torch.randperm(len(lens)))[0] for _ in range(cfg.epochs - 1)]
-    planned = sum((minibatches(order.to(lens.device), lens, cfg) for order in orders), [])
+    planned = sum((minibatches(order, lens, cfg) for order in orders), [])
     for microbatches in planned:
         stats = ppo_backward(models, batch, microbatches, cfg)
         if not steps and abs(stats["val/ratio"] - 1) > 1e-4:

@@ -165,6 +165,7 @@ def rank_by_model(cfg: Label) -> None:
     print(agreement_table(rankings + added, cfg.by))
 
 
+@torch.no_grad()
 def score_completions(judge: ScalarModel, row: dict, tokenizer, cfg: Label) -> list[float]:
     """The score of each completion, the same for the same text; [] if one is over the context."""
     texts = dict.fromkeys(row["completions"])

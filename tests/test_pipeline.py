@@ -333,7 +333,7 @@ def test_every_row_once_an_epoch(episodes, cfg, monkeypatch):
     cfg.minibatch_size, cfg.microbatch_size = 4, 2
     order = torch.randperm(6)
     steps = rlhf.minibatches(order, lens, cfg)
-    assert [sorted(sum((part.tolist() for part in step), [])) for step in steps] == [
+    assert [sorted(sum(step, [])) for step in steps] == [
         sorted(order[:4].tolist()), sorted(order[4:].tolist())
     ]
     sizes = [lens[rows].tolist() for rows in steps[0]]
@@ -344,7 +344,7 @@ def test_epochs_take_every_row_in_a_new_order(models, episodes, cfg, monkeypatch
     seen, backward = [], rlhf.ppo_backward
 
     def record(models, batch, microbatches, cfg):
-        seen.append(torch.cat(microbatches).tolist())
+        seen.append(sum(microbatches, []))
         return backward(models, batch, microbatches, cfg)
 
     monkeypatch.setattr(rlhf, "ppo_backward", record)
@@ -750,7 +750,7 @@ def chain(tiny_data, tmp_path_factory):
     return folder, of
 
 
-def test_the_whole_chain(chain):
+def test_the_whole_chain(chain, tokenizer):
     """Defaults fit together: each stage finds what the one before has written."""
     folder, of = chain
     made = {path.name for path in folder.glob("*.pt")}
@@ -760,6 +760,9 @@ def test_the_whole_chain(chain):
     assert table["sft"]["win rate"] == 0.5 and len({tuple(row) for row in table.values()}) == 1
     assert all(math.isfinite(x) for row in table.values() for x in row.values())
     assert (folder / "evaluate.md").read_text().count("\n") == 7
+    for name in made:
+        config = torch.load(folder / name, weights_only=True)["config"]
+        assert config["vocabulary"] == fingerprint(tokenizer), "each knows whose tokens it reads"
 
 
 def test_a_later_round_adds_its_rankings_to_those_before(chain, tiny_data, tmp_path):

@@ -23,7 +23,7 @@ import pytest
 import rlhf
 import torch
 from conftest import ROOT
-from data.formats import lock
+from data.formats import UserError, lock
 from test_pipeline import PRESET, chain  # noqa: F401  a fixture
 
 SMALL = {  # of every stage of training a run of six steps or so
@@ -251,6 +251,15 @@ def test_nan_stops_before_the_step(
             start(stage, save_minutes=0)
     start(stage, resume=True)
     assert_same(result(tmp_path), result(tmp_path, "whole"))
+
+
+def test_rows_are_named_by_their_place_in_the_batch(policy, cfg, monkeypatch):
+    """The second shortest, wherever it stands."""
+    poisoned(monkeypatch, "token_logprobs", 1, with_nan)
+    rows = [([1, 2, 3, 4, 5], 1), ([1, 2], 1), ([1, 2, 3, 4], 1), ([1, 2, 3], 1)]
+    cfg.microbatch_size = 4
+    with pytest.raises(UserError, match="log-probabilities of rows 3; the step is not taken"):
+        rlhf.lm_pass(policy, rows, cfg)
 
 
 def test_a_gradient_that_is_not_finite_is_named(start, monkeypatch):

@@ -1,6 +1,7 @@
 """What makes it fast changes nothing: graphs, kept casts, settings of the processor, memory."""
 
 from contextlib import contextmanager
+from random import Random
 
 import pytest
 import rlhf
@@ -69,6 +70,25 @@ def test_a_weight_that_changed_is_cast_again(prompts):
         fresh = rlhf.complete(same, prompts, -1, 4, temperature=0)[0]
         assert not torch.is_autocast_cache_enabled()
     assert torch.equal(after, fresh) and not torch.equal(after, before)
+
+
+# ---- microbatches --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("lens, size, device, parts", [
+    ([], 4, "cpu", []),
+    ([9], 4, "cpu", [[9]]),
+    ([9] * 10, 4, "cpu", [[9, 9], [9, 9, 9]] * 2),  # as many as fit into memory
+    ([10] * 4 + [74] * 4, 8, "cpu", [[10] * 4 + [74] * 4]),  # 256 tokens of padding: one pass
+    ([10] * 4 + [75] * 4, 8, "cpu", [[10] * 4, [75] * 4]),  # 260: two are cheaper
+    ([10] * 4 + [75] * 4, 8, "cuda", [[10] * 4 + [75] * 4]),
+    ([1, 600, 1200], 8, "cpu", [[1], [600], [1200]]),
+])
+def test_rows_of_like_length_share_a_microbatch(lens, size, device, parts):
+    cfg = rlhf.PPO(microbatch_size=size, device=device)
+    shuffled = Random(0).sample(lens, len(lens))
+    found = rlhf.by_length(range(len(lens)), shuffled, cfg)
+    assert [[shuffled[i] for i in part] for part in found] == parts
+    assert sorted(sum(found, [])) == [*range(len(lens))]
 
 
 # ---- settings of the processor -------------------------------------------------------------------
