@@ -236,7 +236,7 @@ def with_nan(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("stage, function, at, sentence", [
     ("pretrain", "token_logprobs", 4, r"step 4: not finite: log-probabilities of rows \d;"),
     ("sft", "token_logprobs", 1, r"step 1: not finite: log-probabilities of rows \d;"),
-    ("rm", "sequence_scores", 3, "step 2: not finite: scores of rows 0;"),
+    ("rm", "sequence_scores", 3, r"step \d: not finite: scores of rows \d;"),
     ("ppo", "sequence_scores", 4, "step 2: not finite: score, values or log-prob.* of rows 3;"),
     ("ppo", "token_logprobs", 5, r"step 1: not finite: log-probabilities of rows \d;"),
 ])
@@ -315,7 +315,7 @@ def test_out_of_memory_says_which_flag_to_lower(start, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(rlhf, "update", fails)
-    with pytest.raises(SystemExit, match="rm: out of memory: lower --microbatch_size, now 32"):
+    with pytest.raises(SystemExit, match="rm: out of memory: lower --microbatch_size, now 72"):
         start("rm")
 
 
