@@ -45,6 +45,7 @@ def save(cfg, model: GPT | ScalarModel) -> None:
 
 
 def write_tensors(path: Path, content: dict) -> None:
+    """All of it or none, in the place of what was there."""
     with replacing(path) as file:
         torch.save(content, file)
 
@@ -77,6 +78,8 @@ def load(cfg, name: str, kind: type = GPT, dropout: float = 0.0) -> GPT | Scalar
         if content["kind"] != kind.__name__:
             raise UserError(f"{path} holds a {content['kind']}, where a {kind.__name__} is needed")
         config = GPTConfig(**{**content["config"], "dropout": dropout})
+        if config.n_layer > len(content["model"]):
+            raise ValueError(f"no {config.n_layer} layers in it")
         with torch.device("meta"):  # shapes alone: no memory until the file is known to fit
             model = kind(config)
         model.load_state_dict(content["model"], assign=True)

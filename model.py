@@ -23,7 +23,7 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0  # on the residual branches only, as in InstructGPT's SFT (C.1: 0.2)
-    vocabulary: str = ""  # fingerprint of the tokens it reads, if known
+    vocabulary: str = ""  # the fingerprint of whose tokens it reads, if known
 
 # GPT-1: gpt2 with a context of 512, each LayerNorm after its sublayer. GPT-3 6B, InstructGPT's
 # reward model: 32 layers, 32 heads, width 4096; GPT-3 175B: 96, 96 and 12288; context 2048.
@@ -159,7 +159,8 @@ class ScalarModel(nn.Module):
         self.head = nn.Linear(config.n_embd, 1)
         nn.init.normal_(self.head.weight, std=(config.n_embd + 1) ** -0.5)
         nn.init.zeros_(self.head.bias)
-        self.register_buffer("score_range", torch.tensor([-torch.inf, torch.inf]))  # in training
+        # the lowest and the highest score that it gave in its training, once known
+        self.register_buffer("score_range", torch.tensor([-torch.inf, torch.inf]))
 
     def forward(self, tokens: Tensor) -> Tensor:
         states = self.gpt.hidden(tokens).float()  # a sum, as autocast would round a matrix product

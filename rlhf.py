@@ -637,7 +637,8 @@ def ppo_update(models, optimizers, batch: Rollout, lens: Tensor, text, factor: f
         if not steps and abs(stats["val/ratio"] - 1) > 1e-4:
             raise UserError(f"ratio {stats['val/ratio']} before the first update: it must be 1")
         if stats["policy/approxkl"] > cfg.max_kl:
-            [optimizer.zero_grad() for optimizer in optimizers]
+            for optimizer in optimizers:
+                optimizer.zero_grad()
             kl = f"{stats['policy/approxkl']:.3g} nats a token, over --max_kl {cfg.max_kl}"
             tqdm.write(f"{len(steps)} of {len(planned)} updates: KL from the rollout's policy {kl}")
             break

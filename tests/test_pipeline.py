@@ -569,6 +569,9 @@ def test_shapes_are_checked_before_memory_is_taken(tmp_path, policy):
         torch.save(content | {"config": config}, tmp_path / "huge.pt")
         with pytest.raises(UserError, match="huge.pt is not a checkpoint of this program: .*size"):
             rlhf.load(cfg, "huge")
+    torch.save(content | {"config": content["config"] | {"n_layer": 2**32}}, tmp_path / "huge.pt")
+    with pytest.raises(UserError, match="huge.pt is not a checkpoint .*: no 4294967296 layers"):
+        rlhf.load(cfg, "huge")
 
 
 def test_a_model_is_not_fed_the_tokens_of_another_vocabulary(tmp_path, tiny_data, tokenizer):
