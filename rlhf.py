@@ -387,7 +387,7 @@ class PPO(Training):
     lam: float = 0.95  # of GAE (paper: not stated; 0.95 in its predecessors)
     cliprange: float = 0.2  # of the ratio (paper: 0.2)
     cliprange_value: float = 0.2  # of the value's change (not stated; 0.2 in OpenAI's code of 2019)
-    max_kl: float = 1.0  # nats a token: when a rollout's policy is left that far, its updates end
+    max_kl: float = 0.1  # nats a token: updates end when the rollout's policy is left that far
     missing_eos_score: float = -1.0  # replaces the score of a response without EOS (likewise)
     ema_decay: float = 0.992  # a step, of the weights that are kept (paper: 0.992)
 
