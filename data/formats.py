@@ -61,6 +61,8 @@ def replacing(path: Path, suffix: str = ".partial") -> Iterator[BinaryIO]:
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, KeyboardInterrupt):  # and of Ctrl-C
+            raise cause from None
         if not isinstance(cause, OSError):
             raise
         raise UserError(f"{path} cannot be written: {cause.strerror or cause}") from None

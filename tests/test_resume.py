@@ -173,6 +173,23 @@ def test_asked_twice_it_stops_at_once(start, monkeypatch):
         start("pretrain")
 
 
+def test_ctrl_c_while_the_model_is_saved_is_a_stop(start, tmp_path, monkeypatch):
+    """After the last step the signal comes in the midst of a file; torch makes an error of it."""
+    start("rm", "whole")
+    with monkeypatch.context() as patch:
+        def interrupted(*_):
+            try:
+                raise KeyboardInterrupt
+            except KeyboardInterrupt:
+                raise RuntimeError("unexpected pos 64 vs 0")
+
+        patch.setattr(checkpoint.Log, "finish", lambda log, model: rlhf.save(log.cfg, model))
+        patch.setattr(torch, "save", lambda *a: interrupted() if "model" in a[0] else None)
+        with pytest.raises(SystemExit, match="rm: stopped"):
+            start("rm")
+    assert not (tmp_path / "run.pt").exists() and not [*tmp_path.glob("*.partial")]
+
+
 def test_without_resume_a_run_begins_anew(start, tmp_path, events):
     start("rm", "whole")
     kill(start, events, events.count // 2, "rm")
