@@ -36,6 +36,7 @@ import re
 import sys
 import time
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -807,9 +808,11 @@ def speak(policy: GPT, ids: list[int], tokenizer, cfg: Chat):
 CPUINFO = Path("/proc/cpuinfo")  # on Linux
 DEVICES, DTYPES = ("auto", "cpu", "cuda", "mps"), ("auto", "bfloat16", "float32")
 
+source_of = cache(inspect.getsource)  # which reads and parses the file each time
+
 def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
     """A flag for every field of a settings class, the comment beside the field as its help."""
-    source = "".join(inspect.getsource(kind) for kind in settings.__mro__[:-1])
+    source = "".join(map(source_of, settings.__mro__[:-1]))
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
     choices = {"preset": PRESETS, "device": DEVICES, "dtype": DTYPES}
     for field in fields(settings):
