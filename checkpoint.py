@@ -54,8 +54,8 @@ def read_tensors(path: Path) -> dict:
     """What write_tensors wrote; UserError if it is cut off, or could run code when it is read."""
     try:
         with ZipFile(path) as file:  # torch does not compare the checksums that it wrote
-            if garbled := file.testzip():
-                raise BadZipFile(f"{garbled} is garbled")
+            if file.testzip() or len({*file.namelist()}) < len(file.namelist()):
+                raise BadZipFile("it is garbled")
         return dict(torch.load(path, map_location="cpu", weights_only=True).items())
     except UnpicklingError:
         raise UserError(f"{path} holds more than tensors and plain values: not read") from None
