@@ -53,14 +53,23 @@ def write_tensors(path: Path, content: dict) -> None:
 def read_tensors(path: Path) -> dict:
     """What write_tensors wrote; UserError if it is cut off, or could run code when it is read."""
     try:
-        with ZipFile(path) as file:  # torch does not compare the checksums that it wrote
-            if file.testzip() or len({*file.namelist()}) < len(file.namelist()):
-                raise BadZipFile("it is garbled")
+        check_zip(path)
         return dict(torch.load(path, map_location="cpu", weights_only=True).items())
     except UnpicklingError:
         raise UserError(f"{path} holds more than tensors and plain values: not read") from None
     except BROKEN as error:
         raise UserError(f"{path} is not a whole checkpoint: {one_line(error)}") from None
+
+
+def check_zip(path: Path) -> None:
+    """BadZipFile if a bit of it has turned: torch does not compare the checksums that it writes,
+    and leaves the memory as it is of a tensor whose attributes say that it is a folder."""
+    with ZipFile(path) as file:
+        entries = file.infolist()
+        once = len({entry.filename for entry in entries}) == len(entries)
+        plain = not any(entry.external_attr or entry.compress_type for entry in entries)
+        if not (once and plain) or file.testzip():
+            raise BadZipFile("it is garbled")
 
 
 def one_line(error: Exception) -> str:
