@@ -26,15 +26,12 @@ from token ids, serves SFT and PPO alike. Dropout is on in sft alone.
 import argparse
 import codecs
 import copy
-import ctypes
 import difflib
 import inspect
 import json
 import math
-import os
 import re
 import sys
-import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +48,7 @@ from data.formats import (
     printable, read_comparisons, read_demonstrations, read_pretraining, read_rows, render,
     replacing,
 )
+from machine import DEVICES, DTYPES, memory_needed, settle
 from model import GPT, PRESETS, GPTConfig, ScalarModel, generate, multiple, pad_right, stream
 from parallel import RANK, all_sum, broadcast, gather, joined, share, stop, sum_gradients, unshare
 
@@ -277,28 +275,6 @@ def ema_update(ema: torch.nn.Module, model: torch.nn.Module, decay: float) -> No
     """ema <- decay ema + (1 - decay) model."""
     for average, new in zip(ema.parameters(), model.parameters()):
         average.lerp_(new, 1 - decay)
-
-def memory_needed(trained: list, frozen: list, cfg: "Common") -> float:
-    """An estimate in GiB. A trained parameter takes 16 bytes (itself, gradient, Adam's averages), a
-    frozen one 4; a microbatch of rows as long as the context, s b h (34 + 5 a s / h) bytes a layer
-    in 16 bits (Korthikanti et al. 2022, section 4.1), and its logits, float32 and thrice."""
-    shape = trained[0].config
-    sizes = [sum(p.numel() for m in models for p in m.parameters()) for models in (trained, frozen)]
-    tokens, half = cfg.microbatch_size * shape.block_size, 1 if cfg.dtype == "bfloat16" else 2
-    width = 34 * shape.n_embd + 5 * shape.n_head * shape.block_size
-    activations = tokens * (shape.n_layer * width * half + 12 * shape.vocab_size)
-    return (16 * sizes[0] + 4 * sizes[1] + activations) / 2**30
-
-def tune_cpu() -> None:
-    """Have glibc keep freed tensors, which it hands back to the system, so that the next one costs
-    its page faults anew; and on AMD's processors have oneDNN, not MKL, multiply float32, twice as
-    fast: "medium" does, and is as exact there (README: what each gains)."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks lie on the heap like small ones
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose free end is kept
-    if CPUINFO.exists() and "AuthenticAMD" in CPUINFO.read_text():
-        torch.set_float32_matmul_precision("medium")
 
 def describe(metrics: dict[str, float]) -> str:
     return ", ".join(f"{key} {value:.3f}" for key, value in metrics.items())
@@ -804,9 +780,6 @@ def speak(policy: GPT, ids: list[int], tokenizer, cfg: Chat):
         if token.item() != eos:
             yield printable(decoder.decode(tokenizer.decode_single_token_bytes(token.item())))
 
-CPUINFO = Path("/proc/cpuinfo")  # on Linux
-DEVICES, DTYPES = ("auto", "cpu", "cuda", "mps"), ("auto", "bfloat16", "float32")
-
 def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
     """A flag for every field of a settings class, the comment beside the field as its help."""
     source = "".join(inspect.getsource(kind) for kind in settings.__mro__[:-1])
@@ -818,19 +791,6 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
         if field.type is bool:
             more = {"action": "store_true"}
         parser.add_argument(f"--{field.name}", default=field.default, help=text, **more)
-
-def settle(cfg: Common) -> None:
-    """What "auto" means on this machine."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if cfg.device == "auto":
-        cfg.device = next(filter(found.get, found), "cpu")
-    if not found.get(cfg.device, True):
-        raise UserError(f"--device {cfg.device}: there is none that torch {torch.__version__} sees")
-    if cfg.dtype == "auto":  # bfloat16 where the hardware multiplies it faster than float32
-        fast = cfg.device == "cuda" or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-        cfg.dtype = "bfloat16" if fast else "float32"
-    if cfg.device == "cpu":
-        tune_cpu()
 
 def run(stage, settings: type, flags: dict) -> None:
     """Seed and run the stage; what a person can mend ends in one sentence."""
