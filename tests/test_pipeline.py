@@ -908,11 +908,24 @@ def test_value_network_may_start_elsewhere(chain, monkeypatch):
     (folder / "other.pt").unlink()
 
 
-def test_dpo_begins_at_its_reference_and_leaves_it(chain):
-    """(8) the first loss of a batch that is not all ties is ln 2; the policy is trained, saved."""
+def test_dpo_begins_at_its_reference_and_leaves_it(chain, tiny_data, tokenizer, monkeypatch):
+    """(8) the first loss of a batch that is not all ties is ln 2; the policy is trained and saved,
+    the reference left alone; rows are whole, with the length of their prompt."""
     folder, of = chain
-    cfg = of(rlhf.DPO, batch_size=4)
+    cfg, seen, implicit_scores = of(rlhf.DPO, batch_size=4), [], rlhf.implicit_scores
+    own = {tuple(row["prompt_ids"]) for row in
+           read_comparisons(tiny_data / "comparisons.jsonl", tokenizer, 128)}
+
+    def look(ref, policy, rows, cfg):
+        seen.append((ref, policy))
+        assert all(tuple(ids[:n]) in own and ids[-1] == tokenizer.eot_token for ids, n in rows)
+        return implicit_scores(ref, policy, rows, cfg)
+
+    monkeypatch.setattr(rlhf, "implicit_scores", look)
     rlhf.dpo(cfg)
+    ref, policy = seen[-1]
+    assert torch.equal(weights(ref), weights(rlhf.load(cfg, "ppo_init")))
+    assert torch.equal(weights(policy), weights(rlhf.load(cfg, "dpo")))
     lines = [json.loads(line) for line in (folder / "dpo/metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["loss"]]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
