@@ -48,7 +48,7 @@ NO_CLIP = "--cliprange 1e9 --cliprange_value 1e9"
 RUNS = [
     Run("base", "train", minutes=17),
     # 1. a base model ten times the size, its rate in proportion to 1 / width
-    Run("gpt_10x", "pretrain", "--preset fable-10x --learning_rate 8e-4", 40),
+    Run("gpt_10x", "pretrain", "--preset fable-10x --learning_rate 8e-4", 15),
     # 2. ptx_coef (0 is the run ppo, 0.5 ppo_ptx), and without it kl_coef (0.04 is ppo)
     *[Run(f"ptx_{x}", "ppo", f"--ptx_coef {x}") for x in (0.02, 0.1, 2)],
     *[Run(f"kl_{x}", "ppo", f"--ptx_coef 0 --kl_coef {x}", 2.2) for x in (0.01, 0.16, 0.64, 4)],
@@ -61,7 +61,7 @@ RUNS = [
     *[Run(f"fold_{i}", "rm", "", 2.5, f"without_scripted-{i}") for i in range(1, 6)],
     Run("rm_epoch", "rm", "--epochs 1", 1.6),
     Run("rm_pairs", "rm", "--epochs 1 --batch_size 100 --microbatch_size 576", 6, "pairs"),
-    Run("rm_10x", "rm", "--init gpt_10x --learning_rate 1.2e-4", 25),
+    Run("rm_10x", "rm", "--init gpt_10x --learning_rate 1.2e-4", 8),
     # 5. as many epochs as the paper
     Run("sft_16", "sft", "--epochs 16 --reward_model rm", 2),
     # 6. the same comparisons used otherwise. REINFORCE: an update a rollout, no clip, returns to

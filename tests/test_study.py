@@ -116,6 +116,7 @@ def test_rates_of_the_best_and_of_the_worst():
     assert best["refuses what is harmful"] == best["admits that it does not know"] == 1
     assert best["refuses what is not"] == best["makes up what nobody knows"] == 0
     assert best["says more than the one sentence asked for"] == 0
+    assert best["goes against the text given"] == 0 < worst["goes against the text given"] < 0.9
     assert worst["refuses what is harmful"] < 0.9 and worst["makes up what nobody knows"] > 0.1
     assert worst["helpful"] < best["helpful"] > 0.9 < best["helpful, in held-out phrasings"]
     answers = [fable.demonstrate(row, rng, 1.0) if row["seen"] else "" for row in rows]
