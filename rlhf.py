@@ -1,6 +1,6 @@
 """InstructGPT (Ouyang et al. 2022, arXiv 2203.02155), from random weights to an aligned model.
 
-    pretrain -> sft (step 1) -> rm (step 2) -> ppo (step 3) -> evaluate, chat
+    pretrain -> sft (step 1) -> rm (step 2) -> ppo (step 3), or dpo -> evaluate, chat
 
 Symbols, the paper's and ours (it uses r and gamma for two things each):
 
@@ -26,17 +26,14 @@ from token ids, serves SFT and PPO alike. Dropout is on in sft alone.
 import argparse
 import codecs
 import copy
-import ctypes
 import difflib
 import inspect
 import json
 import math
-import os
 import re
 import sys
-import time
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,9 +46,9 @@ from tqdm import tqdm
 from checkpoint import Log, checkpoint, load, save
 from data.formats import (
     UserError, decode, encode, fingerprint, get_tokenizer, gold_function, own_turn, passages,
-    printable, read_comparisons, read_demonstrations, read_pretraining, read_rows, render,
-    replacing,
+    printable, read_comparisons, read_demonstrations, read_pretraining, read_rows, render, replacing
 )
+from machine import DEVICES, DTYPES, memory_needed, settle
 from model import GPT, PRESETS, GPTConfig, ScalarModel, generate, multiple, pad_right, stream
 from parallel import RANK, all_sum, broadcast, gather, joined, share, stop, sum_gradients, unshare
 
@@ -152,6 +149,14 @@ def value_loss(
         "val/error": masked_mean(unclipped.detach(), mask, count),
     }
 
+def implicit_rewards(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, beta: float) -> Tensor:
+    """(8) beta log(pi(y|x) / ref(y|x)), a sum over the response, EOS included: (B, T-1) -> (B,).
+
+    The reward that pi is already the best answer to under (3), up to a term that completions of a
+    prompt share (Rafailov et al. 2023, eq. 5): (2) of it is the loss of DPO (their eq. 7).
+    """
+    return beta * torch.where(mask > 0, logprobs - ref_logprobs, 0).sum(1)
+
 # ---- Models on tokens ----------------------------------------------------------------------------
 
 def action_mask(prompt_lens: Tensor, total_lens: Tensor, width: int) -> Tensor:
@@ -198,6 +203,13 @@ def by_length(rows, lens: list[int], cfg: "Common") -> list[list[int]]:
         return chunks(rows, cfg.microbatch_size)
     return by_length(rows[:half], lens, cfg) + by_length(rows[half:], lens, cfg)
 
+def microbatches(rows: list[tuple], numbers, cfg: "Common"):
+    """Those rows (ids, prompt_len), padded: yields their numbers, tokens (B, T), mask (B, T-1)."""
+    for part in by_length(numbers, [len(ids) for ids, _ in rows], cfg):
+        tokens, total_lens = pad_right([rows[i][0] for i in part], cfg.device)
+        prompt_lens = torch.tensor([rows[i][1] for i in part], device=cfg.device)
+        yield part, tokens, action_mask(prompt_lens, total_lens, tokens.size(1))
+
 def lm_pass(policy: GPT, rows: list[tuple], cfg: "Common", coef: float = 1.0) -> float:
     """(1) over rows of (ids, prompt_len), in microbatches; raw text has a prompt of one token.
 
@@ -205,11 +217,7 @@ def lm_pass(policy: GPT, rows: list[tuple], cfg: "Common", coef: float = 1.0) ->
     """
     count = sum(len(ids) - prompt_len for ids, prompt_len in rows)
     total = 0.0
-    lens = [len(ids) for ids, _ in rows]
-    for part in by_length(share(range(len(rows))), lens, cfg):
-        tokens, total_lens = pad_right([rows[i][0] for i in part], cfg.device)
-        prompt_lens = torch.tensor([rows[i][1] for i in part], device=cfg.device)
-        mask = action_mask(prompt_lens, total_lens, tokens.size(1))
+    for part, tokens, mask in microbatches(rows, share(range(len(rows))), cfg):
         logprobs = finite(token_logprobs(policy, tokens, mask), "log-probabilities of rows", part)
         loss = lm_loss(logprobs, mask, count)
         if torch.is_grad_enabled():
@@ -279,28 +287,6 @@ def ema_update(ema: torch.nn.Module, model: torch.nn.Module, decay: float) -> No
     for average, new in zip(ema.parameters(), model.parameters()):
         average.lerp_(new, 1 - decay)
 
-def memory_needed(trained: list, frozen: list, cfg: "Common") -> float:
-    """An estimate in GiB. A trained parameter takes 16 bytes (itself, gradient, Adam's averages), a
-    frozen one 4; a microbatch of rows as long as the context, s b h (34 + 5 a s / h) bytes a layer
-    in 16 bits (Korthikanti et al. 2022, section 4.1), and its logits, float32 and thrice."""
-    shape = trained[0].config
-    sizes = [sum(p.numel() for m in models for p in m.parameters()) for models in (trained, frozen)]
-    tokens, half = cfg.microbatch_size * shape.block_size, 1 if cfg.dtype == "bfloat16" else 2
-    width = 34 * shape.n_embd + 5 * shape.n_head * shape.block_size
-    activations = tokens * (shape.n_layer * width * half + 12 * shape.vocab_size)
-    return (16 * sizes[0] + 4 * sizes[1] + activations) / 2**30
-
-def tune_cpu() -> None:
-    """Have glibc keep freed tensors, which it hands back to the system, so that the next one costs
-    its page faults anew; and on AMD's processors have oneDNN, not MKL, multiply float32, twice as
-    fast: "medium" does, and is as exact there (README: what each gains)."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks lie on the heap like small ones
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose free end is kept
-    if CPUINFO.exists() and "AuthenticAMD" in CPUINFO.read_text():
-        torch.set_float32_matmul_precision("medium")
-
 def describe(metrics: dict[str, float]) -> str:
     return ", ".join(f"{key} {value:.3f}" for key, value in metrics.items())
 
@@ -343,7 +329,7 @@ class Training(Common):
 @dataclass
 class Pretrain(Training):
     name: str = "gpt"  # of this run: its checkpoint and log
-    preset: str = "fable"  # shape of the model: fable, gpt2, gpt2-medium, gpt2-large or gpt2-xl
+    preset: str = "fable"  # shape of the model: fable, fable-10x, gpt2, gpt2-medium, -large or -xl
     steps: int = 1400  # optimizer steps
     batch_size: int = 96  # documents a step
     learning_rate: float = 2e-3  # peak, after a warmup of 5 % of the steps; cosine to 10 %
@@ -373,7 +359,8 @@ class RM(Training):
 class PPO(Training):
     name: str = "ppo_ptx"  # of this run: its checkpoint and log
     init: str = "ppo_init"  # where the policy starts, and the reference it is held to
-    reward_model: str = "rm"  # frozen; the value network starts as its copy
+    reward_model: str = "rm"  # what scores a response; frozen
+    value_init: str = ""  # where the value network starts; else as the reward model's copy (paper)
     iterations: int = 100  # rollouts, each followed by its updates (paper: 500)
     rollout_size: int = 128  # episodes an iteration (paper: 512)
     minibatch_size: int = 32  # episodes an optimizer step (paper: 64)
@@ -391,6 +378,16 @@ class PPO(Training):
     max_kl: float = 0.1  # nats a token: updates end when the rollout's policy is left that far
     missing_eos_score: float = -1.0  # replaces the score of a response without EOS (likewise)
     ema_decay: float = 0.992  # a step, of the weights that are kept (paper: 0.992)
+
+@dataclass
+class DPO(Training):
+    name: str = "dpo"  # of this run: its checkpoint and log
+    init: str = "ppo_init"  # where the policy starts, and the reference it is held to
+    epochs: int = 1  # passes over the comparisons (DPO paper: not stated)
+    batch_size: int = 8  # prompts a step, with all their pairs (DPO paper: 64 pairs)
+    microbatch_size: int = 72  # rows of a forward pass, 9 a prompt: bounds the memory alone
+    learning_rate: float = 1e-4  # peak, after a warmup of 10 %; cosine to 10 % (DPO paper: 1e-6)
+    beta: float = 0.1  # as kl_coef: more holds the policy closer to the reference (DPO paper: 0.1)
 
 @dataclass
 class Evaluate(Common):
@@ -412,14 +409,14 @@ def epochs(rows: list, count: int, batch_size: int, rng: np.random.Generator) ->
     orders = [rng.permutation(len(rows)) for _ in range(count)]
     return [[rows[i] for i in part] for order in orders for part in chunks(order, batch_size)]
 
-def fit(model, batches: list, backward, cfg, rng, warmup: float = 0, validate=None) -> Log:
+def fit(model, batches, backward, cfg, rng, warmup=0.0, validate=None, frozen=()) -> Log:
     """An optimizer step a batch, at a rate that warms up, then falls to a tenth along a cosine.
 
     backward(model, batch, cfg) accumulates the gradient and returns the loss; validate(step, rows)
     returns further metrics, if that step has any; rows are those of the steps before.
     """
     optimizer, total = adam(model), len(batches)
-    with Log(cfg, total, memory_needed([model], [], cfg), rng, [model, optimizer]) as log:
+    with Log(cfg, total, memory_needed([model], frozen, cfg), rng, [model, optimizer]) as log:
         for step in range(len(log.rows) + 1, total + 1):
             metrics = {"loss": backward(model, batches[step - 1], cfg)}
             factor = min(cosine((step - 1) / total), step / max(1, warmup * total))
@@ -502,15 +499,15 @@ def rm(cfg: RM) -> None:
     tqdm.write(describe(report))
     log.finish(model)
 
-def rm_backward(model: ScalarModel, batch: list[dict], cfg: RM) -> float:
-    """Accumulate the gradient of (2) over a batch of prompts, whose completions stay together."""
+def rm_backward(model, batch: list[dict], cfg, score=score_rows) -> float:
+    """Accumulate the gradient of (2) over whole prompts; `score` gives the rewards, for DPO (8)."""
     count = max(1, sum(len(set(row["ranks"])) > 1 for row in batch))
     total = 0.0
     for part in chunks(share(range(len(batch))), max(1, cfg.microbatch_size // 9)):  # paper: K <= 9
         ids = [ids for i in part for ids in batch[i]["ids"]]
         ranks = torch.tensor([rank for i in part for rank in batch[i]["ranks"]], device=cfg.device)
         groups = torch.tensor([i for i in part for _ in batch[i]["ids"]], device=cfg.device)
-        scores = finite(score_rows(model, ids, cfg), "scores of rows", groups.tolist())
+        scores = finite(score(model, ids, cfg), "scores of rows", groups.tolist())
         loss = pairwise_loss(scores, ranks, groups, count)
         loss.backward()
         total += loss.item()
@@ -659,7 +656,8 @@ def ppo(cfg: PPO) -> None:
     """Step 3: optimise the policy for the reward model, with KL and pretraining terms, by (7)."""
     tokenizer, data, rng = get_tokenizer(cfg.data), Path(cfg.data), np.random.default_rng(cfg.seed)
     policy, reward = load(cfg, cfg.init), load(cfg, cfg.reward_model, ScalarModel)
-    models = Models(policy, *map(copy.deepcopy, (policy, reward, reward, policy)))
+    value = load(cfg, cfg.value_init or cfg.reward_model, ScalarModel)
+    models = Models(policy, *map(copy.deepcopy, (policy, reward, value, policy)))
     optimizers = adam(policy), adam(models.value)
     memory = memory_needed([policy, models.value], [models.ref, models.reward, models.ema], cfg)
     prompts = read_rows(data / "prompts.jsonl", tokenizer, room(policy, cfg), "prompt")
@@ -691,6 +689,29 @@ def ppo(cfg: PPO) -> None:
                 tqdm.write(printable(f"{rows[0]['prompt']}{completions[0]}\n  [{sampled}]"))
             log.step(metrics, "objective/scores", "objective/kl")
     log.finish(models.ema)
+
+# ---- DPO, in place of steps 2 and 3 --------------------------------------------------------------
+
+def dpo(cfg: DPO) -> None:
+    """In place of steps 2 and 3: learn from the rankings with no reward model, by (2) of (8)."""
+    tokenizer, rng = get_tokenizer(cfg.data), np.random.default_rng(cfg.seed)
+    policy, ref = load(cfg, cfg.init), load(cfg, cfg.init).requires_grad_(False)
+    file, context = Path(cfg.data) / "comparisons.jsonl", policy.config.block_size
+    rows = read_comparisons(file, tokenizer, context)
+    for row in rows:
+        row["ids"] = [(ids, len(row["prompt_ids"])) for ids in row["ids"]]
+    batches = epochs(rows, cfg.epochs, cfg.batch_size, rng)
+    backward = partial(rm_backward, score=partial(implicit_scores, ref))
+    fit(policy, batches, backward, cfg, rng, 0.1, frozen=[ref]).finish(policy)
+
+def implicit_scores(ref: GPT, policy: GPT, rows: list[tuple], cfg: DPO) -> Tensor:
+    """(8) of each row (ids, prompt_len), in microbatches of like length: (N,)."""
+    order, rewards = [], []
+    for part, tokens, mask in microbatches(rows, range(len(rows)), cfg):
+        logs = (token_logprobs(model, tokens, mask) for model in (policy, ref))
+        rewards.append(implicit_rewards(*logs, mask, cfg.beta))
+        order += part
+    return torch.cat(rewards)[np.argsort(order)]
 
 # ---- Evaluation ----------------------------------------------------------------------------------
 
@@ -757,10 +778,9 @@ def evaluate(cfg: Evaluate) -> None:
         policy, shots = load(cfg, name), [row["ids"][0][:-1] for row in examples if prompted]
         prompts = [few_shot(shots, row["prompt_ids"], longest) for row in rows]
         result, golds[title] = measure(policy, prompts, rows, ref, reward, gold, tokenizer, cfg)
-        result["held-out loss"] = heldout_loss(policy, tokenizer, cfg)
-        results[title] = result
+        results[title] = result | {"held-out loss": heldout_loss(policy, tokenizer, cfg)}
         if probes:
-            result["in-context"] = probe_accuracy(policy, probes, tokenizer)
+            results[title]["in-context"] = probe_accuracy(policy, probes, tokenizer)
     for title in results if gold and cfg.baseline in results else ():
         rate, margin = win_rate(golds[title], golds[cfg.baseline])
         results[title] = {"win rate": rate, "±": margin, **results[title]}
@@ -805,9 +825,6 @@ def speak(policy: GPT, ids: list[int], tokenizer, cfg: Chat):
         if token.item() != eos:
             yield printable(decoder.decode(tokenizer.decode_single_token_bytes(token.item())))
 
-CPUINFO = Path("/proc/cpuinfo")  # on Linux
-DEVICES, DTYPES = ("auto", "cpu", "cuda", "mps"), ("auto", "bfloat16", "float32")
-
 source_of = cache(inspect.getsource)  # which reads and parses the file each time
 
 def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
@@ -817,23 +834,9 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
     choices = {"preset": PRESETS, "device": DEVICES, "dtype": DTYPES}
     for field in fields(settings):
         text = f"{comments[field.name]} [{field.default}]".replace("%", "%%")
-        more = {"type": field.type, "choices": choices.get(field.name)}
-        if field.type is bool:
-            more = {"action": "store_true"}
+        typed = {"type": field.type, "choices": choices.get(field.name)}
+        more = {"action": "store_true"} if field.type is bool else typed
         parser.add_argument(f"--{field.name}", default=field.default, help=text, **more)
-
-def settle(cfg: Common) -> None:
-    """What "auto" means on this machine."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if cfg.device == "auto":
-        cfg.device = next(filter(found.get, found), "cpu")
-    if not found.get(cfg.device, True):
-        raise UserError(f"--device {cfg.device}: there is none that torch {torch.__version__} sees")
-    if cfg.dtype == "auto":  # bfloat16 where the hardware multiplies it faster than float32
-        fast = cfg.device == "cuda" or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-        cfg.dtype = "bfloat16" if fast else "float32"
-    if cfg.device == "cpu":
-        tune_cpu()
 
 def run(stage, settings: type, flags: dict) -> None:
     """Seed and run the stage; what a person can mend ends in one sentence."""
@@ -863,8 +866,7 @@ def run(stage, settings: type, flags: dict) -> None:
         sys.exit(f"\n{stage.__name__}: stopped {error}")
 
 def nearest(word: str, known) -> str:
-    close = difflib.get_close_matches(word, known, 1, cutoff=0)
-    return f"{word}: did you mean {close[0]}?"
+    return f"{word}: did you mean {difflib.get_close_matches(word, known, 1, cutoff=0)[0]}?"
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict:
     """The flags; one that does not exist is refused, with the name nearest to it."""
@@ -878,7 +880,7 @@ def main(argv: list[str] | None = None) -> None:
     """python rlhf.py STAGE --flag value"""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="stage", required=True)
-    stages = {stage.__name__: stage for stage in (pretrain, sft, rm, ppo, evaluate, chat)}
+    stages = {stage.__name__: stage for stage in (pretrain, sft, rm, ppo, dpo, evaluate, chat)}
     for name, stage in stages.items():
         command = commands.add_parser(name, help=stage.__doc__.split("\n")[0], allow_abbrev=False)
         add_flags(command, stage.__annotations__["cfg"])

@@ -99,7 +99,7 @@ def settings(kind: type, folder: Path, **fields):
 
 
 STAGES = {"pretrain": rlhf.Pretrain, "sft": rlhf.SFT, "rm": rlhf.RM, "ppo": rlhf.PPO,
-          "evaluate": rlhf.Evaluate, "chat": rlhf.Chat}
+          "dpo": rlhf.DPO, "evaluate": rlhf.Evaluate, "chat": rlhf.Chat}
 
 
 def replace_stages(monkeypatch, action) -> None:

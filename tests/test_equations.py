@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, tensor
 
 import rlhf
-from rlhf import gae, kl_rewards, lm_loss, masked_mean, pairwise_loss, policy_loss, value_loss
-from rlhf import whiten
+from rlhf import gae, implicit_rewards, kl_rewards, lm_loss, masked_mean, pairwise_loss
+from rlhf import policy_loss, value_loss, whiten
 
 NAN = float("nan")
 MASK = tensor([[0, 0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1], [0, 1, 0, 0, 0, 0, 0.0]])
@@ -362,6 +362,79 @@ def test_value_loss_by_loop():
     assert loss.item() == pytest.approx(total / len(COLUMNS), abs=1e-5)
 
 
+# ---- (8) ---------------------------------------------------------------------------------------
+
+PAIR = tensor([0, 1]), tensor([0, 0])  # ranks and groups: the first is the better one
+
+
+def test_dpo_vector():
+    """(8) log-probs -10 and -12 against -11 and -11.5: h = 1.5, and (2) at beta 0.1 is 0.620957,
+    with -0.046257 for its derivative by h."""
+    logprobs = tensor([[-4.0, -6], [-5, -7]], requires_grad=True)
+    rewards = implicit_rewards(logprobs, tensor([[-5.0, -6], [-6, -5.5]]), torch.ones(2, 2), 0.1)
+    loss = pairwise_loss(rewards, *PAIR)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.620957, abs=1e-6)
+    torch.testing.assert_close(logprobs.grad, tensor([[-0.046257] * 2, [0.046257] * 2]))
+
+
+@pytest.mark.parametrize("garbage", [0.0, 100.0, NAN])
+def test_implicit_rewards_by_loop(garbage):
+    """(8) the sum over response tokens, whatever stands elsewhere: twice the response, twice it."""
+    logprobs, ref = randn(2)
+    rewards = implicit_rewards(spoiled(logprobs, garbage), spoiled(ref, garbage), MASK, 0.3)
+    for i in range(3):
+        expected = sum(0.3 * (logprobs[i, t] - ref[i, t]).item() for j, t in COLUMNS if j == i)
+        assert rewards[i].item() == pytest.approx(expected, abs=1e-5)
+    twice = [torch.cat([x, x], 1) for x in (logprobs, ref, MASK)]
+    torch.testing.assert_close(implicit_rewards(*twice, 0.3), 2 * rewards)
+
+
+def test_dpo_is_ln_2_a_pair_where_it_begins():
+    """(8) pi = ref: every reward is 0, whatever the ranks."""
+    (logprobs,) = randn(1)
+    rewards = implicit_rewards(logprobs, logprobs.clone(), MASK, 0.1)
+    loss = pairwise_loss(rewards, tensor([2, 0, 1]), torch.zeros(3, dtype=torch.long))
+    assert not rewards.any() and loss.item() == pytest.approx(math.log(2))
+
+
+def test_dpo_gradient_by_loop():
+    """(8) -beta sigmoid(-beta h) (grad log pi(y_w) - grad log pi(y_l)), the mean over the pairs;
+    two are tied, and the reference has no gradient."""
+    logits = torch.randn(3, 7, 5, dtype=torch.float64, requires_grad=True)
+    ref, actions = torch.randn(3, 7, dtype=torch.float64), torch.randint(5, (3, 7))
+    logprobs = logits.log_softmax(-1).gather(-1, actions[..., None]).squeeze(-1)
+    ranks, beta = [1, 0, 1], 0.7
+    rewards = implicit_rewards(logprobs, ref.requires_grad_(), MASK, beta)
+    loss = pairwise_loss(rewards, tensor(ranks), torch.zeros(3, dtype=torch.long))
+    (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    logs = [sum(logprobs[i, t] for j, t in COLUMNS if j == i) for i in range(3)]
+    refs = [sum(ref[i, t].item() for j, t in COLUMNS if j == i) for i in range(3)]
+    expected = torch.zeros_like(logits)
+    for winner, loser in ((1, 0), (1, 2)):
+        h = (logs[winner] - refs[winner]) - (logs[loser] - refs[loser])
+        (direction,) = torch.autograd.grad(logs[winner] - logs[loser], logits, retain_graph=True)
+        expected -= beta / (1 + math.exp(beta * h.item())) * direction / 2
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_the_best_policy_has_the_reward_for_its_implicit_one():
+    """(8) of the policy that is best under (3), ref e^(r / beta) / Z, is r - beta log Z: no other
+    that was tried has more of E[r] - beta KL."""
+    ref, scores = torch.randn(2, 6, dtype=torch.float64)
+    ref, beta = ref.softmax(0), 0.4
+
+    def objective(p):
+        return (p * (scores - beta * (p / ref).log())).sum().item()
+
+    best = (ref.log() + scores / beta).softmax(0)
+    assert all(objective((best.log() + 0.3 * torch.randn(6)).softmax(0)) < objective(best)
+               for _ in range(100))
+    logs = [p.log()[:, None] for p in (best, ref)]
+    rewards = implicit_rewards(*logs, torch.ones(6, 1), beta)
+    torch.testing.assert_close(rewards - rewards[0], scores - scores[0])
+
+
 # ---- (5) and (6) alike, and all of them --------------------------------------------------------
 
 LOSSES = [policy_loss, value_loss]
@@ -444,6 +517,7 @@ def test_arguments_are_left_alone():
         (masked_mean, floats[0], MASK), (lm_loss, floats[0], MASK), (whiten, floats[0], MASK),
         (pairwise_loss, floats[0][:, 0], ranks, groups), (gae, *floats[:2], MASK),
         (kl_rewards, floats[0][:, 0], *floats[1:], MASK, 0.1),
+        (implicit_rewards, *floats[:2], MASK, 0.1),
         (policy_loss, *floats, MASK), (value_loss, *floats, MASK),
         (rlhf.action_mask, tensor([1, 2, 3]), tensor([4, 5, 6]), 7),
     ]

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import functools
 import json
 import math
 import os
@@ -316,6 +317,30 @@ def test_rm_scores_each_completion_once(reward_model, prompts, tmp_path, monkeyp
     reward_model.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
     rlhf.rm_backward(reward_model, batch, settings(rlhf.RM, tmp_path))
     assert sum(rows) == sum(len(row["ids"]) for row in batch)
+
+
+@pytest.mark.parametrize("microbatch_size", [1, 27])
+def test_microbatches_change_nothing_in_dpo(models, prompts, tmp_path, microbatch_size):
+    """(8) gradient and value, against (2) of the sums of log-ratios taken row by row, alone."""
+    cfg, batch = settings(rlhf.DPO, tmp_path, microbatch_size=microbatch_size), []
+    for row, prompt in zip(comparisons(prompts), [[3], *prompts]):
+        batch.append({**row, "ids": [(ids, len(prompt)) for ids in row["ids"]]})
+    rewards, ranks, groups = [], [], []
+    for i, row in enumerate(batch):
+        for ids, start in row["ids"]:
+            logs = [net(tensor([ids]))[0, :-1].log_softmax(-1).gather(1, tensor(ids)[1:, None])
+                    for net in (models.policy, models.ref)]
+            rewards.append(cfg.beta * (logs[0] - logs[1].detach())[start - 1 :].sum())
+            groups.append(i)
+        ranks += row["ranks"]
+    loss = rlhf.pairwise_loss(torch.stack(rewards), tensor(ranks), tensor(groups))
+    loss.backward()
+    expected = gradients(models.policy), loss.detach()
+    models.ref.requires_grad_(False)
+    score = functools.partial(rlhf.implicit_scores, models.ref)
+    loss = rlhf.rm_backward(models.policy, batch, cfg, score)
+    for own, other in zip((gradients(models.policy), tensor(loss)), expected):
+        flat_close(own, other, 2e-6)
 
 
 @pytest.mark.parametrize("epochs, size, count", [(1, 6, 1), (1, 2, 3), (3, 2, 9), (2, 4, 4)])
@@ -863,6 +888,52 @@ def test_ppo_warms_up_over_ten_iterations_and_keeps_the_average(chain, monkeypat
     assert torch.equal(kept, weights(models.ema))
     assert not torch.equal(kept, weights(models.policy))
     (folder / "warm.pt").unlink()
+
+
+def test_value_network_may_start_elsewhere(chain, monkeypatch):
+    """`value_init`: another scalar model than the one that gives the rewards."""
+    folder, of = chain
+    cfg = of(rlhf.PPO, name="start", iterations=1, rollout_size=4, minibatch_size=4, ptx_coef=0.0,
+             value_init="other")
+    trunk = rlhf.load(cfg, "rm", rlhf.ScalarModel)
+    rlhf.save(of(rlhf.RM, name="other"), rlhf.ScalarModel(trunk.config))
+    seen = []
+
+    def look(models, *rest):
+        seen.extend(weights(model) for model in (models.reward, models.value))
+        raise UserError("seen enough")
+
+    monkeypatch.setattr(rlhf, "ppo_update", look)
+    with pytest.raises(UserError, match="seen enough"):
+        rlhf.ppo(cfg)
+    for own, name in zip(seen, ("rm", "other")):
+        assert torch.equal(own, weights(rlhf.load(cfg, name, rlhf.ScalarModel)))
+    (folder / "other.pt").unlink()
+
+
+def test_dpo_begins_at_its_reference_and_leaves_it(chain, tiny_data, tokenizer, monkeypatch):
+    """(8) the first loss of a batch that is not all ties is ln 2; the policy is trained and saved,
+    the reference left alone; rows are whole, with the length of their prompt."""
+    folder, of = chain
+    cfg, seen, implicit_scores = of(rlhf.DPO, batch_size=4), [], rlhf.implicit_scores
+    own = {tuple(row["prompt_ids"]) for row in
+           read_comparisons(tiny_data / "comparisons.jsonl", tokenizer, 128)}
+
+    def look(ref, policy, rows, cfg):
+        seen.append((ref, policy))
+        assert all(tuple(ids[:n]) in own and ids[-1] == tokenizer.eot_token for ids, n in rows)
+        return implicit_scores(ref, policy, rows, cfg)
+
+    monkeypatch.setattr(rlhf, "implicit_scores", look)
+    rlhf.dpo(cfg)
+    ref, policy = seen[-1]
+    assert torch.equal(weights(ref), weights(rlhf.load(cfg, "ppo_init")))
+    assert torch.equal(weights(policy), weights(rlhf.load(cfg, "dpo")))
+    lines = [json.loads(line) for line in (folder / "dpo/metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["loss"]]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert not torch.equal(weights(rlhf.load(cfg, "dpo")), weights(rlhf.load(cfg, "ppo_init")))
+    (folder / "dpo.pt").unlink()
 
 
 def test_nothing_a_policy_writes_moves_the_cursor(chain, monkeypatch, capsys):

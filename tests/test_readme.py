@@ -133,7 +133,7 @@ def test_linked_files_exist():
 
 
 @needs_readme
-@pytest.mark.parametrize("number", range(1, 8))
+@pytest.mark.parametrize("number", range(1, 9))
 def test_equations_are_numbered_alike_everywhere(number):
     """grep "(3)" walks from the README to the code and to its test."""
     assert f"({number})" in TEXT and f"({number})" in (ROOT / "rlhf.py").read_text()

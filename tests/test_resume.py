@@ -32,6 +32,7 @@ SMALL = {  # of every stage of training a run of six steps or so
     "rm": (rlhf.RM, dict(batch_size=4)),
     "ppo": (rlhf.PPO, dict(iterations=5, rollout_size=4, minibatch_size=2, epochs=2,
                            max_new_tokens=8)),
+    "dpo": (rlhf.DPO, dict(batch_size=4)),
 }
 
 
@@ -256,6 +257,7 @@ def with_nan(x: torch.Tensor) -> torch.Tensor:
     ("rm", "sequence_scores", 3, r"step \d: not finite: scores of rows \d;"),
     ("ppo", "sequence_scores", 4, "step 2: not finite: score, values or log-prob.* of rows 3;"),
     ("ppo", "token_logprobs", 5, r"step 1: not finite: log-probabilities of rows \d;"),
+    ("dpo", "token_logprobs", 1, r"step 1: not finite: scores of rows \d;"),
 ])
 def test_nan_stops_before_the_step(
     start, tmp_path, monkeypatch, stage, function, at, sentence
@@ -382,7 +384,8 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(start, tmp_path):
 def command(stage: str, data: Path, out: Path, name: str, *more: str) -> list[str]:
     small = {"pretrain": "--steps 60 --batch_size 4", "sft": "--epochs 8 --reward_model rm",
              "rm": "--batch_size 2 --epochs 8",
-             "ppo": "--iterations 30 --rollout_size 8 --minibatch_size 4"}[stage]
+             "ppo": "--iterations 30 --rollout_size 8 --minibatch_size 4",
+             "dpo": "--batch_size 2 --epochs 8"}[stage]
     flags = f"--device cpu --dtype float32 --max_new_tokens 8 --save_minutes 0 {small}".split()
     return [sys.executable, str(ROOT / "rlhf.py"), stage, "--data", str(data), "--out", str(out),
             "--name", name, *flags, *more]

@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 from random import Random
 
+import machine
 import pytest
 import rlhf
 import torch
@@ -102,17 +103,17 @@ def precision():
 def test_float32_products_stay_float32(precision):
     """Whatever `tune_cpu` sets, products are as exact as float32 allows."""
     a, b = torch.randn(300, 400), torch.randn(400, 200)
-    rlhf.tune_cpu()
+    machine.tune_cpu()
     error = (a @ b - a.double() @ b.double()).norm() / (a.double() @ b.double()).norm()
     assert error < 1e-6
 
 
 @pytest.mark.parametrize("platform, file", [("darwin", "/none"), ("win32", "/none")])
 def test_other_systems_are_left_alone(monkeypatch, precision, platform, file):
-    monkeypatch.setattr(rlhf.sys, "platform", platform)
-    monkeypatch.setattr(rlhf.ctypes, "CDLL", lambda *args: pytest.fail("no such library there"))
-    monkeypatch.setattr(rlhf, "CPUINFO", rlhf.Path(file))
-    rlhf.tune_cpu()
+    monkeypatch.setattr(machine.sys, "platform", platform)
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda *args: pytest.fail("no such library there"))
+    monkeypatch.setattr(machine, "CPUINFO", machine.Path(file))
+    machine.tune_cpu()
     assert torch.get_float32_matmul_precision() == "highest"
 
 
@@ -121,8 +122,8 @@ def test_other_systems_are_left_alone(monkeypatch, precision, platform, file):
 def test_only_amd_gets_another_library(monkeypatch, tmp_path, precision, processor, chosen):
     """An Intel processor with AMX would take "medium" for a leave to multiply in bfloat16."""
     (tmp_path / "cpuinfo").write_text(f"vendor_id : {processor}\n")
-    monkeypatch.setattr(rlhf, "CPUINFO", tmp_path / "cpuinfo")
-    rlhf.tune_cpu()
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    machine.tune_cpu()
     assert torch.get_float32_matmul_precision() == chosen
 
 
@@ -140,7 +141,7 @@ def test_memory_of_models():
     sizes = [sum(p.nbytes for p in model.parameters()) for model in (policy, reward)]
     cfg = rlhf.PPO()
     cfg.microbatch_size = 0
-    found = rlhf.memory_needed([policy], [reward], cfg) * 2**30
+    found = machine.memory_needed([policy], [reward], cfg) * 2**30
     assert found == gradients + averages + sizes[0] + sizes[1]
 
 
@@ -162,7 +163,7 @@ def test_memory_of_a_microbatch(dtype, tmp_path):
     with torch.autocast("cpu", torch.bfloat16, dtype == "bfloat16", cache_enabled=False):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             rlhf.lm_pass(policy, rows, cfg)
-    estimate = rlhf.memory_needed([policy], [], cfg) * 2**30
+    estimate = machine.memory_needed([policy], [], cfg) * 2**30
     estimate -= 16 * sum(p.numel() for p in policy.parameters())
     assert 1 / 1.6 < estimate / sum(kept.values()) < 1.6, (estimate, sum(kept.values()))
 
