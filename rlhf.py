@@ -501,8 +501,7 @@ def rm(cfg: RM) -> None:
 
 def rm_backward(model, batch: list[dict], cfg, score=score_rows) -> float:
     """Accumulate the gradient of (2) over whole prompts; `score` gives the rewards, for DPO (8)."""
-    count = max(1, sum(len(set(row["ranks"])) > 1 for row in batch))
-    total = 0.0
+    total, count = 0.0, max(1, sum(len(set(row["ranks"])) > 1 for row in batch))
     for part in chunks(share(range(len(batch))), max(1, cfg.microbatch_size // 9)):  # paper: K <= 9
         ids = [ids for i in part for ids in batch[i]["ids"]]
         ranks = torch.tensor([rank for i in part for rank in batch[i]["ranks"]], device=cfg.device)
@@ -539,7 +538,7 @@ def rm_report(model: ScalarModel, seen: set, valid: list[dict], cfg: RM) -> dict
         report[f"{split}/margin"] = float(np.mean(margins[split]))
     return report
 
-# ---- Step 3: PPO ---------------------------------------------------------------------------------
+# ---- Step 3: PPO; or DPO, in place of steps 2 and 3 ----------------------------------------------
 
 class Models(NamedTuple):
     """PPO's four networks, and the running average of the policy that is kept in the end."""
@@ -667,8 +666,7 @@ def ppo(cfg: PPO) -> None:
     batches = epochs(prompts * passes, 1, cfg.rollout_size, rng)[: cfg.iterations]
     parts = [policy, models.value, models.ema, *optimizers]
     with Log(cfg, cfg.iterations, memory, rng, parts) as log:
-        for iteration in range(len(log.rows), cfg.iterations):
-            rows = batches[iteration]
+        for iteration, rows in enumerate(batches[len(log.rows) :], len(log.rows)):
             prompt_ids = [row["prompt_ids"] for row in rows]
             batch, lens, episodes = rollout(models, prompt_ids, tokenizer.eot_token, cfg)
             metrics = {key: x.mean().item() for key, x in episodes.items()}
@@ -689,8 +687,6 @@ def ppo(cfg: PPO) -> None:
                 tqdm.write(printable(f"{rows[0]['prompt']}{completions[0]}\n  [{sampled}]"))
             log.step(metrics, "objective/scores", "objective/kl")
     log.finish(models.ema)
-
-# ---- DPO, in place of steps 2 and 3 --------------------------------------------------------------
 
 def dpo(cfg: DPO) -> None:
     """In place of steps 2 and 3: learn from the rankings with no reward model, by (2) of (8)."""
@@ -876,11 +872,12 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict:
         parser.error(f"no flag {nearest(flag, names)}")
     return vars(found)
 
-def main(argv: list[str] | None = None) -> None:
+STAGES = {stage.__name__: stage for stage in (pretrain, sft, rm, ppo, dpo, evaluate, chat)}
+
+def main(argv: list[str] | None = None, stages: dict = STAGES) -> None:
     """python rlhf.py STAGE --flag value"""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="stage", required=True)
-    stages = {stage.__name__: stage for stage in (pretrain, sft, rm, ppo, dpo, evaluate, chat)}
     for name, stage in stages.items():
         command = commands.add_parser(name, help=stage.__doc__.split("\n")[0], allow_abbrev=False)
         add_flags(command, stage.__annotations__["cfg"])

@@ -1,17 +1,22 @@
-"""What `evaluate` does not measure, as stages for study.py: the best of n answers, behaviour."""
+"""What `evaluate` does not measure, as stages for study.py: the best of n answers, behaviour.
+
+    python assets/measures.py STAGE --flag value
+"""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 import numpy as np
-import rlhf
 import torch
 
-from data import fable
-from data.formats import encode, own_turn, replacing
-from model import ScalarModel
+sys.path.insert(0, str(Path(__file__).parent.parent))  # it is to find rlhf.py
+import rlhf  # noqa: E402
+from data import fable  # noqa: E402
+from data.formats import encode, own_turn, replacing  # noqa: E402
+from model import ScalarModel  # noqa: E402
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -117,3 +122,9 @@ def fresh(cfg: rlhf.Common) -> None:
     """A scalar model that has learnt nothing, of the reward model's shape."""
     shape = rlhf.load(cfg, "rm", ScalarModel).config
     rlhf.save(rlhf.RM(data=cfg.data, out=cfg.out, name="fresh"), ScalarModel(shape))
+
+
+STAGES = {stage.__name__: stage for stage in (best_of_n, behaviours, fresh)}
+
+if __name__ == "__main__":
+    rlhf.main(stages=STAGES)

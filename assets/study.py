@@ -5,20 +5,21 @@
     python assets/study.py --scale smoke --seeds 1        a twentieth of the data, in a subfolder
 
 out/study/seed1 is a folder of ./train.sh, whose defaults hold throughout; a run is one stage more
-in it, with a flag or two, by the command line that everybody uses. That it is done, and how long
-it took, stands in out/study/seed1/study/<run>.json. Tables (tables.py) go to out/study/study.md
-and, where matplotlib is installed, out/study/study.png. Runs follow one another, and on a CPU a
-second study has the same tables. Whitening by row and a score on another token have no flag, and
-are not tried.
+in it, with a flag or two, by the command line that everybody uses. What it says goes to
+out/study/seed1/study/<run>.log; that it is done, and how long it took, to <run>.json there. Tables
+(tables.py) go to out/study/study.md and, where matplotlib is installed, out/study/study.png.
+train.sh has all cores; after it `--jobs` runs go on side by side, each on its share of them, which
+is faster: on a CPU a second study of as many cores and jobs has the same tables. Whitening by row
+and a score on another token have no flag, and are not tried.
 """
 
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +45,7 @@ class Run(NamedTuple):
 
 
 OFF = "--ptx_coef 0 --kl_coef 0"  # nothing holds the policy: it runs off the end
-NO_CLIP = "--cliprange 1e9 --cliprange_value 1e9"
+NO_CLIP = "--cliprange 1e9 --cliprange_value 1e9 --max_kl 1e9"
 RUNS = [
     Run("base", "train", minutes=17),
     # 1. a base model ten times the size, its rate in proportion to 1 / width
@@ -81,7 +82,6 @@ RUNS = [
     # 9. what the literature names
     Run("behaviours", "behaviours", "--models gpt,gpt+fewshot,sft,ppo,ppo_ptx,dpo_0.1", 1.5),
 ]
-OWN = {name: getattr(measures, name) for name in ("best_of_n", "behaviours", "fresh")}
 SMOKE = {"pretrain": "--steps 60", "sft": "--epochs 2", "ppo": "--iterations 4",
          "best_of_n": "--samples 4", "behaviours": "--count 2"}
 
@@ -144,42 +144,32 @@ def commands(run: Run, out: Path, seed: int, smoke: bool) -> list[list[str]]:
     own = [*where, str(variant(out / "data", run.data)), *run.flags.split()]
     own += SMOKE.get(run.stage, "").split() if smoke else []
     if run.stage == "label":
-        return [["data/label.py", *own]]
-    if run.stage in OWN:
-        return [[run.stage, *own]]
-    lines = [["rlhf.py", run.stage, *own, "--name", run.name, "--resume"]]
+        return [[sys.executable, "data/label.py", *own]]
+    if run.stage in measures.STAGES:
+        return [[sys.executable, "assets/measures.py", run.stage, *own]]
+    program = [sys.executable, "rlhf.py"]
+    lines = [[*program, run.stage, *own, "--name", run.name, "--resume"]]
     if run.stage != "rm":
         models = f"{run.name},{run.name}+fewshot" if run.stage == "pretrain" else run.name
-        lines += [["rlhf.py", "evaluate", *where, str(out / "data"), "--models", models,
+        lines += [[*program, "evaluate", *where, str(out / "data"), "--models", models,
                    "--name", f"evaluate_{run.name}"]]
     return lines
 
 
-def start(run: Run, out: Path, seed: int, smoke: bool) -> None:
+def do(run: Run, out: Path, seed: int, smoke: bool, cores: int) -> None:
     """Do it, or the rest of it, and note that it is done."""
-    begun = time.time()
+    begun, log = time.time(), marker(run, out).with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # python3 is this one
-    names = {"OUT": str(out), "SEED": str(seed), "RESUME": "1", "PATH": path}
-    names |= {"SMOKE": "1"} if smoke else {}
-    for program, *words in commands(run, out, seed, smoke):
-        if program in OWN:
-            stage, parser = OWN[program], argparse.ArgumentParser()
-            kind = stage.__annotations__["cfg"]
-            rlhf.add_flags(parser, kind)
-            rlhf.run(stage, kind, rlhf.parse(parser, words))
-        elif not succeeds([program, *words], {**os.environ, **names}):
-            sys.exit(f"{run.name}, seed {seed}: stopped; started again, the study goes on")
+    names = {"OUT": str(out), "SEED": str(seed), "RESUME": "1", "PATH": path,
+             "OMP_NUM_THREADS": str(cores)} | ({"SMOKE": "1"} if smoke else {})
+    for command in commands(run, out, seed, smoke):
+        with open(log, "ab") as file:  # upon Ctrl-C, which both get, it keeps its state and ends
+            code = subprocess.run(command, cwd=ROOT, env={**os.environ, **names}, stdout=file,
+                                  stderr=subprocess.STDOUT).returncode
+        if code:
+            sys.exit(f"{run.name}, seed {seed}: stopped, see {log}; started again, it goes on")
     write_json(marker(run, out), {"run": essence(run), "seconds": round(time.time() - begun, 1)})
-
-
-def succeeds(command: list[str], environment: dict[str, str]) -> bool:
-    """Run it to its end: upon Ctrl-C it keeps its state and ends, for which this process waits."""
-    command = command if command[0] == "bash" else [sys.executable, *command]
-    handler = signal.signal(signal.SIGINT, lambda *_: None)
-    try:
-        return subprocess.run(command, cwd=ROOT, env=environment).returncode == 0
-    finally:
-        signal.signal(signal.SIGINT, handler)
 
 
 def variant(data: Path, name: str) -> Path:
@@ -221,32 +211,51 @@ def untied(row: dict) -> list[dict]:
             for rank, better in both for other, worse in both if rank < other]
 
 
+def work(plan: list[tuple[Run, int]], outs: dict[int, Path], jobs: int, smoke: bool) -> None:
+    """Those that are not done, `jobs` at a time, each after what it starts from."""
+    cores, futures = max(1, (os.cpu_count() or 1) // jobs), {}
+
+    def one(run: Run, seed: int) -> None:
+        for needed in with_needs({run.name}):
+            if needed != run and (needed.name, seed) in futures:
+                futures[needed.name, seed].result()  # earlier in the plan: it has begun by now
+        todo = [(run, seed) for run, seed in plan if not done(run, outs[seed])]
+        minutes = time_left([run for run, _ in todo], measured([*outs.values()])) / 60 / jobs
+        print(f"{run.name}, seed {seed}; {len(todo)} to do, {minutes:.0f} minutes", flush=True)
+        do(run, outs[seed], seed, smoke, cores)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for run, seed in plan:
+                if not done(run, outs[seed]):
+                    futures[run.name, seed] = pool.submit(one, run, seed)
+            for future in as_completed(futures.values()):
+                future.result()
+                tables.write([*outs.values()])
+        except BaseException:  # a run that failed, or Ctrl-C: those under way come to their end
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
 def main(argv: list[str] | None = None) -> None:
     """python assets/study.py --flag value"""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/study"), help="folder of the seeds'")
     parser.add_argument("--seeds", default="1,2,3", help="each a folder of its own [1,2,3]")
     parser.add_argument("--only", default="", help="names of runs, with commas between [all]")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, after train.sh [2]")
     parser.add_argument("--scale", default="full", choices=("full", "smoke"))
     args = parser.parse_args(argv)
     names = {run.name for run in RUNS}
     if unknown := set(filter(None, args.only.split(","))) - names:
         parser.error(f"no run {rlhf.nearest(unknown.pop(), names)}")
-    out = args.out.resolve() / ("smoke" if args.scale == "smoke" else "")
-    seeds = [int(seed) for seed in args.seeds.split(",")]
-    outs = {seed: out / f"seed{seed}" for seed in seeds}
-    runs = with_needs(set(args.only.split(",")) if args.only else names)
-    plan = [(run, seed) for run in runs for seed in seeds]
-    for number, (run, seed) in enumerate(plan):
-        if done(run, outs[seed]):
-            continue
-        todo = [run for run, seed in plan[number:] if not done(run, outs[seed])]
-        minutes = time_left(todo, measured([*outs.values()])) / 60
-        place = f"{number + 1} of {len(plan)}, about {minutes:.0f} minutes left"
-        print(f"\n== {run.name}, seed {seed} ({place})", flush=True)
-        start(run, outs[seed], seed, args.scale == "smoke")
-        tables.write(out, [*outs.values()])
-    tables.write(out, [*outs.values()])
+    smoke = args.scale == "smoke"
+    out = args.out.resolve() / ("smoke" if smoke else "")
+    outs = {int(seed): out / f"seed{seed}" for seed in args.seeds.split(",")}
+    base, *others = with_needs(set(args.only.split(",")) if args.only else names)
+    work([(base, seed) for seed in outs], outs, 1, smoke)
+    work([(run, seed) for run in others for seed in outs], outs, args.jobs, smoke)
+    tables.write([*outs.values()])
     print((out / "study.md").read_text(encoding="utf-8"))
 
 

@@ -356,8 +356,9 @@ SECTIONS = {  # title: the function, and what was found elsewhere
 }
 
 
-def write(out: Path, outs: list[Path]) -> None:
-    """study.md, and the figure where matplotlib is."""
+def write(outs: list[Path]) -> None:
+    """study.md beside the folders of the seeds, and the figure where matplotlib is."""
+    out = outs[0].parent
     seeds = [read_seed(folder) for folder in outs if (folder / "evaluate.json").exists()]
     parts = [f"## {title}\n\n{elsewhere}\n\n{section(seeds)}"
              for title, (section, elsewhere) in SECTIONS.items()]

@@ -110,7 +110,7 @@ def replace_stages(monkeypatch, action) -> None:
             action(cfg)
 
         stage.__name__, stage.__annotations__ = name, {"cfg": kind}
-        monkeypatch.setattr(rlhf, name, stage)
+        monkeypatch.setitem(rlhf.STAGES, name, stage)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import sys
+import time
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -180,16 +181,16 @@ def seed_folder(tiny_data, tmp_path):
 def test_every_command_is_understood(seed_folder):
     """Scripts, stages and flags are there, with values that can be meant."""
     kinds = {**STAGES, "label": label.Label, **{
-        name: stage.__annotations__["cfg"] for name, stage in study.OWN.items()}}
+        name: stage.__annotations__["cfg"] for name, stage in measures.STAGES.items()}}
     parsers = {stage: argparse.ArgumentParser() for stage in kinds}
     for stage, kind in kinds.items():
         rlhf.add_flags(parsers[stage], kind)
     for run, smoke in itertools.product(RUNS[1:], (False, True)):
-        for program, *words in study.commands(run, seed_folder, 7, smoke):
-            stage = words.pop(0) if program == "rlhf.py" else Path(program).stem
+        for _, program, *words in study.commands(run, seed_folder, 7, smoke):
+            stage = Path(program).stem if run.stage == "label" else words.pop(0)
             cfg = kinds[stage](**rlhf.parse(parsers[stage], words))
             assert (cfg.seed, cfg.out) == (7, str(seed_folder)) and stage in (run.stage, "evaluate")
-            assert run.name in (*study.OWN, "round_2") or run.name in getattr(cfg, "name", "")
+            assert run.name in (*measures.STAGES, "round_2") or run.name in getattr(cfg, "name", "")
 
 
 def test_select():
@@ -224,27 +225,58 @@ def calls(monkeypatch):
     """What would have been run; calls.codes are what it returns, then 0."""
     calls = SimpleNamespace(lines=[], codes=[])
 
-    def run(command, cwd, env):
+    def run(command, cwd, env, stdout, stderr):
         calls.lines.append(command[1:])
         return SimpleNamespace(returncode=calls.codes.pop(0) if calls.codes else 0)
 
     monkeypatch.setattr(study.subprocess, "run", run)
-    monkeypatch.setattr(tables, "write", lambda out, outs: (out / "study.md").write_text("table"))
+    monkeypatch.setattr(tables, "write", lambda x: (x[0].parent / "study.md").write_text("table"))
     return calls
 
 
 def test_it_skips_what_is_done_and_goes_on_where_it_was_stopped(seed_folder, calls, capsys):
-    words = ["--out", str(seed_folder.parent), "--seeds", "1", "--only", "kl_4,no_kl"]
+    words = ["--out", str(seed_folder.parent), "--seeds", "1", "--jobs", "1", "--only", "no_kl,kl_4"]
     calls.codes = [0, 0, 1]
-    with pytest.raises(SystemExit, match="no_kl, seed 1: stopped; started again"):
+    with pytest.raises(SystemExit, match="no_kl, seed 1: stopped, see .*no_kl.log; started again"):
         study.main(words)
+    assert (seed_folder / "study/no_kl.log").exists()
     assert [line[1] for line in calls.lines] == ["ppo", "evaluate", "ppo"]
-    assert "== kl_4, seed 1 (2 of 3, about" in capsys.readouterr().out, "1 is train.sh, done"
+    assert "kl_4, seed 1; 2 to do, " in capsys.readouterr().out
     study.main(words)
     assert [line[1] for line in calls.lines[3:]] == ["ppo", "evaluate"]
     assert "--kl_coef 0 " in " ".join(calls.lines[3]) + " " and "--resume" in calls.lines[3]
     study.main(words)
     assert len(calls.lines) == 5 and capsys.readouterr().out.endswith("table\n")
+
+
+def test_runs_go_on_side_by_side_but_not_before_what_they_start_from(seed_folder, monkeypatch):
+    """The shorter, the later in the list: the order is the dependencies' own."""
+    ends, most, under_way = [], [0], []
+    runs = [Run("base", "train"), Run("a", "rm"), Run("b", "ppo", "--init a"), Run("c", "rm"),
+            Run("d", "ppo", "--init b --reward_model c")]
+
+    def do(run, out, seed, smoke, cores):
+        needs = {"b": {"a"}, "d": {"b", "c"}}.get(run.name, set())
+        assert needs <= {*ends} and cores == max(1, (study.os.cpu_count() or 1) // 3)
+        under_way.append(run.name)
+        most[0] = max(most[0], len(under_way))
+        time.sleep({"a": 0.3, "b": 0.2}.get(run.name, 0.1))
+        under_way.remove(run.name)
+        ends.append(run.name)
+
+    monkeypatch.setattr(study, "RUNS", runs)
+    monkeypatch.setattr(study, "do", do)
+    monkeypatch.setattr(tables, "write", lambda *_: None)
+    study.work([(run, 1) for run in runs[1:]], {1: seed_folder}, 3, False)
+    assert {*ends} == {*"abcd"} and ends[-1] == "d" and most[0] >= 2
+
+
+def test_a_run_that_fails_ends_the_study(seed_folder, calls):
+    """What has not begun by then does not begin."""
+    calls.codes = [1] * 9
+    with pytest.raises(SystemExit, match="seed 1: stopped"):
+        study.main(["--out", str(seed_folder.parent), "--seeds", "1"])
+    assert 0 < len(calls.lines) <= 4
 
 
 def test_other_flags_under_the_same_name_are_not_taken_for_it(seed_folder, calls, monkeypatch):
@@ -288,7 +320,7 @@ def test_measures_and_tables_on_a_finished_chain(chain, tiny_data, tmp_path):  #
     for name, more in (("best_of_n", "--judges rm --samples 4"), ("fresh", ""),
                        ("behaviours", "--models gpt,gpt+fewshot,ppo_ptx --count 1")):
         run = Run(name, name, f"{more} --max_new_tokens 8 --dtype float32")
-        study.start(run, out, 1, False)
+        study.do(run, out, 1, False, 1)
         assert study.done(run, out)
     samples = tables.read_samples(out)
     assert samples["rm"].shape == samples["gold"].shape and samples["rm"].shape[1] == 4
@@ -297,7 +329,7 @@ def test_measures_and_tables_on_a_finished_chain(chain, tiny_data, tmp_path):  #
     assert rlhf.load(cfg, "fresh", rlhf.ScalarModel).config.n_layer == 1
     with pytest.raises(UserError, match="holds a ScalarModel"):
         rlhf.load(cfg, "fresh")
-    tables.write(tmp_path, [out])
+    tables.write([out])
     text = (tmp_path / "study.md").read_text()
     assert all(f"## {title}" in text for title in tables.SECTIONS)
     for line in ("| ppo_ptx over gpt |", "| best of 4 |", "| makes up what nobody knows |",
