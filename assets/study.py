@@ -6,8 +6,9 @@
 
 out/study/seed1 is a folder of ./train.sh, whose defaults hold throughout; a run is one stage more
 in it, with a flag or two, by the command line that everybody uses. What it says goes to
-out/study/seed1/study/<run>.log; that it is done, and how long it took, to <run>.json there. Tables
-(tables.py) go to out/study/study.md and, where matplotlib is installed, out/study/study.png.
+out/study/seed1/study/<run>.log; that it is done, and how long it took, to <run>.json there. In the
+end stands one table (report.py); it and those it is drawn from (tables.py) go to out/study/study.md
+and, where matplotlib is installed, a figure to out/study/study.png.
 train.sh has all cores; after it `--jobs` runs go on side by side, each on its share of them, which
 is faster: on a CPU a second study of as many cores and jobs has the same tables. Whitening by row
 and a score on another token have no flag, and are not tried.
@@ -28,8 +29,8 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "assets")]  # `python assets/study.py` is to find both
 import measures  # noqa: E402
+import report  # noqa: E402
 import rlhf  # noqa: E402
-import tables  # noqa: E402
 from data import fable  # noqa: E402
 from data.formats import replacing  # noqa: E402
 from measures import read_lines, write_json  # noqa: E402
@@ -231,7 +232,7 @@ def work(plan: list[tuple[Run, int]], outs: dict[int, Path], jobs: int, smoke: b
                     futures[run.name, seed] = pool.submit(one, run, seed)
             for future in as_completed(futures.values()):
                 future.result()
-                tables.write([*outs.values()])
+                report.write([*outs.values()])
         except BaseException:  # a run that failed, or Ctrl-C: those under way come to their end
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -255,8 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     base, *others = with_needs(set(args.only.split(",")) if args.only else names)
     work([(base, seed) for seed in outs], outs, 1, smoke)
     work([(run, seed) for run in others for seed in outs], outs, args.jobs, smoke)
-    tables.write([*outs.values()])
-    print((out / "study.md").read_text(encoding="utf-8"))
+    print(report.write([*outs.values()]))
 
 
 if __name__ == "__main__":

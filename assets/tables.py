@@ -1,4 +1,4 @@
-"""The tables and the figure of study.py, from what its runs have left in the folders of the seeds.
+"""The tables of study.py in detail, from what its runs have left in the folders of the seeds.
 
 A cell is the mean over the seeds ± their standard deviation; where a run is not done there is "-",
 and a table with nothing in it is left out.
@@ -6,7 +6,6 @@ and a table with nothing in it is left out.
 
 import json
 import math
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,12 +15,12 @@ from rlhf import win_rate
 from seeds import spread
 
 from data import fable
-from data.formats import replacing
 from data.label import agreement
 
 NS = (1, 2, 4, 8, 16, 32, 64)
 SIZES = {384: "rm_384", 1536: "rm_1536", 6144: "rm"}  # comparisons: the reward model of so many
 COLUMNS = ["win rate", "RM score", "KL", "length", "held-out loss", "in-context"]
+FOLDS = [f"fold_{i}" for i in range(1, 6)]
 BASE = ["gpt", "gpt+fewshot", "sft", "ppo", "ppo_ptx"]
 
 
@@ -149,19 +148,7 @@ def policies(seeds: list[Seed], names: list[str], columns: list[str] = COLUMNS, 
 
 
 def preference(seeds: list[Seed]) -> str:
-    rows = []
-    for one, other, theirs in (
-        ("ppo_ptx", "gpt", "85 ± 3 %"), ("ppo_ptx", "gpt+fewshot", "71 ± 4 %"),
-        ("ppo_ptx", "sft", "73 ± 2 %"), ("ppo_ptx", "ppo", ""),
-        ("ppo_ptx", "gpt_10x", "1.3B over 175B: preferred"), ("ppo_ptx", "gpt_10x+fewshot", ""),
-        ("sft", "gpt_10x", ""),
-    ):
-        pairs = [[seed.gold[x] for x in (one, other)] for seed in seeds if other in seed.gold]
-        if pairs:
-            rates = [100 * win_rate(*pair)[0] for pair in pairs]
-            rows.append([f"{one} over {other}", f"{spread(rates)} %", theirs])
-    everybody = policies(seeds, [*BASE, "gpt_10x", "gpt_10x+fewshot"], [*COLUMNS, "Elo"])
-    return f"{markdown(['preferred', 'here', 'paper'], rows)}\n{everybody}"
+    return policies(seeds, [*BASE, "gpt_10x", "gpt_10x+fewshot"], [*COLUMNS, "Elo"])
 
 
 def tax(seeds: list[Seed]) -> str:
@@ -245,25 +232,30 @@ def judged(rows: list[dict]) -> dict[str, float]:
             "loss of the last steps": np.mean(last)}
 
 
+def accuracy(seeds: list[Seed], *runs: str) -> list[dict]:
+    """The reports of the reward models of these names, averaged, by seed, where all are done."""
+    found = [[judged(log(seed.out, run)) for run in runs] for seed in seeds]
+    return [{key: np.mean([x[key] for x in own]) for key in own[0]} for own in found if all(own)]
+
+
+def agreements(seeds: list[Seed]) -> tuple[list[float], list[float]]:
+    """How often labelers agree, of untied pairs, in percent: those to train on, and all of them."""
+    heldout = {labeler.name for labeler in fable.HELDOUT_LABELERS}
+    files = [read_lines(seed.out / "data" / "comparisons_valid.jsonl") for seed in seeds]
+    train = [[row for row in rows if row["labeler"] not in heldout] for rows in files]
+    return tuple([100 * agreement(rows) for rows in x] for x in (train, files))
+
+
 def reward_models(seeds: list[Seed]) -> str:
     rows, columns = [], ["accuracy, %", "other labelers, %", "loss of the last steps"]
-    folds = [f"fold_{i}" for i in range(1, 6)]
     for title, runs in (("all 6,144 comparisons", ["rm"]), ("1,536", ["rm_1536"]),
                         ("384", ["rm_384"]), ("12,288, in two rounds", ["rm2"]),
-                        ("five-fold over labelers (paper: 72.4, 69.6)", folds),
-                        ("one epoch", ["rm_epoch"]), ("one epoch, shuffled pairs", ["rm_pairs"]),
+                        ("five-fold over labelers", FOLDS), ("one epoch", ["rm_epoch"]),
+                        ("one epoch, shuffled pairs", ["rm_pairs"]),
                         ("ten times the size", ["rm_10x"])):
-        found = [[judged(log(seed.out, run)) for run in runs] for seed in seeds]
-        if own := [{key: np.mean([x[key] for x in each]) for key in columns}
-                   for each in found if all(each)]:
+        if own := accuracy(seeds, *runs):
             rows.append([title, *cells(columns, own)])
-    heldout = {labeler.name for labeler in fable.HELDOUT_LABELERS}
-    valid = [read_lines(seed.out / "data" / "comparisons_valid.jsonl") for seed in seeds]
-    train = [[row for row in rows if row["labeler"] not in heldout] for rows in valid]
-    agree = [spread([100 * agreement(rows) for rows in x]) for x in (train, valid)]
-    sentence = (f"Labelers agree on {agree[0]} % of untied pairs, with the held-out ones on "
-                f"{agree[1]} % (paper: 72.6 ± 1.5, 77.3 ± 1.3).")
-    return f"{markdown(['reward model', *columns], rows)}\n{sentence}\n"
+    return markdown(["reward model", *columns], rows)
 
 
 def epochs(seeds: list[Seed]) -> str:
@@ -273,10 +265,10 @@ def epochs(seeds: list[Seed]) -> str:
                     [[str(i), *cells(keys, list(own))] for i, own in enumerate(zip(*logs), 1)])
 
 
-WAYS = {  # to use the same comparisons, each with its points along the KL
-    "PPO, over kl_coef": ["over_6144", "kl_0.01", "ppo", "kl_0.16", "kl_0.64", "kl_4"],
-    "DPO, over beta": ["dpo_0.03", "dpo_0.1", "dpo_0.3", "dpo_1"],
-    "best of n, over n": [f"best of {n}" for n in NS[2:]],
+WAYS = {  # to use the same comparisons, each along the KL: over kl_coef, beta and n
+    "PPO": ["over_6144", "kl_0.01", "ppo", "kl_0.16", "kl_0.64", "kl_4"],
+    "DPO": ["dpo_0.03", "dpo_0.1", "dpo_0.3", "dpo_1"],
+    "best of n": [f"best of {n}" for n in NS[2:]],
 }
 
 
@@ -291,17 +283,23 @@ def alternatives(seeds: list[Seed]) -> str:
     return f"{methods}\n{matched(seeds)}\n{everybody}"
 
 
+def at_kl(seeds: list[Seed], columns: tuple = ("RM score", "win rate")) -> dict[str, list[dict]]:
+    """Each way at the KL of ppo_ptx, along the square root of the KL, by seed that gets there."""
+    found: dict[str, list[dict]] = {way: [] for way in ("PPO-ptx", *WAYS)}
+    for table in (seed.table for seed in seeds):
+        for way, names in {"PPO-ptx": ["ppo_ptx"], **WAYS}.items():
+            rows = sorted((table[name] for name in names if name in table), key=lambda x: x["KL"])
+            kl, own = [row["KL"] for row in rows], {}
+            for key in columns:
+                own[key] = between(kl, [row[key] for row in rows], table["ppo_ptx"]["KL"])
+            if None not in own.values():
+                found[way].append(own)
+    return found
+
+
 def matched(seeds: list[Seed]) -> str:
-    """Each way at the KL of ppo_ptx, along the square root of the KL; "-" where it has no such."""
-    columns, rows = ["RM score", "win rate"], []
-    for way, names in {"ppo_ptx": ["ppo_ptx"], **WAYS}.items():
-        own = []
-        for table in (seed.table for seed in seeds):
-            found = sorted((table[name] for name in names if name in table), key=lambda x: x["KL"])
-            own.append({key: between([row["KL"] for row in found], [row[key] for row in found],
-                                     table["ppo_ptx"]["KL"]) for key in columns})
-        rows.append([way, *cells(columns, [x for x in own if None not in x.values()])])
-    return markdown(["at the KL of ppo_ptx", *columns], rows)
+    rows = [[way, *cells(["RM score", "win rate"], own)] for way, own in at_kl(seeds).items()]
+    return markdown(["at the KL of ppo_ptx", "RM score", "win rate"], rows)
 
 
 def between(kl: list[float], values: list[float], at: float) -> float | None:
@@ -321,9 +319,14 @@ def broken(seeds: list[Seed]) -> str:
                                    "clipped", "value explained at first"])
 
 
-def behaviours(seeds: list[Seed]) -> str:
+def habits(seeds: list[Seed]) -> list[dict[str, dict[str, float]]]:
+    """{policy: {what it does: how often}} by seed, where it is done."""
     files = [seed.out / "behaviours.json" for seed in seeds]
-    found = [json.loads(file.read_text()) for file in files if file.exists()]
+    return [json.loads(file.read_text()) for file in files if file.exists()]
+
+
+def behaviours(seeds: list[Seed]) -> str:
+    found = habits(seeds)
     names = list(found[0]) if found else []
     rows = [[rate, *(spread([x[name][rate] for x in found]) for name in names)]
             for rate in (found[0][names[0]] if found else ())]
@@ -354,37 +357,3 @@ SECTIONS = {  # title: the function, and what was found elsewhere
     "9. Behaviour": (
         behaviours, "Makes things up where the answer is in the prompt: 21 %, GPT-3 41 % (4.1)."),
 }
-
-
-def write(outs: list[Path]) -> None:
-    """study.md beside the folders of the seeds, and the figure where matplotlib is."""
-    out = outs[0].parent
-    seeds = [read_seed(folder) for folder in outs if (folder / "evaluate.json").exists()]
-    parts = [f"## {title}\n\n{elsewhere}\n\n{section(seeds)}"
-             for title, (section, elsewhere) in SECTIONS.items()]
-    with replacing(out / "study.md") as file:
-        file.write("\n".join(parts).encode())
-    with suppress(ImportError):
-        draw(seeds, out / "study.png")
-
-
-def draw(seeds: list[Seed], path: Path) -> None:
-    """Gold (solid) and learned score (dashed) along sqrt(KL): a line a seed."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
-    colours = dict(zip(SIZES, ("tab:red", "tab:orange", "tab:blue")))
-    for (form, size), courses in optimised(seeds).items():
-        axis = axes[int(form == "best of n")]
-        for number, found in enumerate(courses):
-            label = f"{size:,} comparisons" if number == 0 else None
-            for key, style in (("gold", "-"), ("learned", "--")):
-                axis.plot(np.sqrt(found["KL"]), found[key], style, color=colours[size], alpha=0.8,
-                          label=label if key == "gold" else None)
-        axis.set(title=f"{form}: gold (solid), learned (dashed)", xlabel="square root of the KL")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False)
-    axes[0].set_ylabel("gain over the start")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)

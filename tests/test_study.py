@@ -21,6 +21,7 @@ from test_pipeline import chain  # noqa: F401  a fixture
 
 sys.path.insert(0, str(ROOT / "assets"))
 import measures  # noqa: E402
+import report  # noqa: E402
 import study  # noqa: E402
 import tables  # noqa: E402
 from study import RUNS, Run  # noqa: E402
@@ -106,6 +107,45 @@ def test_tables():
         "| a | 2.00 ± 1.00 | 3.00 ± 0.00 | - | 85 % |",
     ]
     assert tables.markdown(["nothing"], []) == ""
+
+
+def some_seeds(folder, runs: dict[str, list[list[dict]]]) -> list:
+    """Seeds that have done these runs alone: {run: the log of each seed}."""
+    seeds = []
+    for number in range(len(next(iter(runs.values())))):
+        seeds.append(tables.Seed(folder / str(number), {}, {}))
+        for run, logs in runs.items():
+            (seeds[-1].out / run).mkdir(parents=True)
+            lines = [json.dumps(row) + "\n" for row in logs[number]]
+            (seeds[-1].out / run / "metrics.jsonl").write_text("".join(lines))
+    return seeds
+
+
+def test_points_for_a_doubling(tmp_path):
+    """64 and 72 % with 16 times as many, so 2 each time; 70 and 72 with the other seed, 0.5."""
+    def log_of(accuracy):
+        return [{"loss": 0.5}, {"eval/accuracy": accuracy, "eval_heldout_labelers/accuracy": 0.5}]
+
+    seeds = some_seeds(tmp_path, {"a": [log_of(0.64), log_of(0.7)], "b": [log_of(0.72)] * 2})
+    assert report.per_doubling(seeds, "a", "b", 16) == "1.2 ± 0.8"
+    assert report.judges(seeds, "accuracy, %", ["a"], ["a", "b"]) == "67.0 ± 3.0, 69.5 ± 1.5"
+    assert report.judges(seeds, "other labelers, %", ["a", "c"]) == "-", "c is not done"
+
+
+def test_epochs_of_the_lowest_loss_and_of_the_highest_score(tmp_path):
+    def log_of(losses, scores):
+        return [x for loss, score in zip(losses, scores) for x in (
+            {"loss": 9.0}, {"valid/loss": loss, "valid/score": score})]
+
+    logs = [log_of([2, 1, 3, 4], [0, 1, 2, 3]), log_of([1, 2, 3, 4], [0, 1, 3, 2])]
+    assert report.lowest(some_seeds(tmp_path, {"sft_16": logs})) == "1.5 ± 0.5, 3.5 ± 0.5"
+
+
+def test_wins_are_counted_by_seed():
+    """Better on three of four prompts, then on one, with one tie."""
+    seeds = [tables.Seed(None, {}, {"a": np.array(own), "b": np.zeros(4)})
+             for own in ([1, 1, 1, -1], [1, 0, -1, -1])]
+    assert report.wins(seeds, "a", "b", "c") == "56.2 ± 18.8, -"
 
 
 def test_rates_of_the_best_and_of_the_worst():
@@ -230,12 +270,13 @@ def calls(monkeypatch):
         return SimpleNamespace(returncode=calls.codes.pop(0) if calls.codes else 0)
 
     monkeypatch.setattr(study.subprocess, "run", run)
-    monkeypatch.setattr(tables, "write", lambda x: (x[0].parent / "study.md").write_text("table"))
+    monkeypatch.setattr(report, "write", lambda outs: "table")
     return calls
 
 
 def test_it_skips_what_is_done_and_goes_on_where_it_was_stopped(seed_folder, calls, capsys):
-    words = ["--out", str(seed_folder.parent), "--seeds", "1", "--jobs", "1", "--only", "no_kl,kl_4"]
+    words = ["--out", str(seed_folder.parent), "--seeds", "1"]
+    words += ["--jobs", "1", "--only", "no_kl,kl_4"]
     calls.codes = [0, 0, 1]
     with pytest.raises(SystemExit, match="no_kl, seed 1: stopped, see .*no_kl.log; started again"):
         study.main(words)
@@ -266,7 +307,7 @@ def test_runs_go_on_side_by_side_but_not_before_what_they_start_from(seed_folder
 
     monkeypatch.setattr(study, "RUNS", runs)
     monkeypatch.setattr(study, "do", do)
-    monkeypatch.setattr(tables, "write", lambda *_: None)
+    monkeypatch.setattr(report, "write", lambda *_: None)
     study.work([(run, 1) for run in runs[1:]], {1: seed_folder}, 3, False)
     assert {*ends} == {*"abcd"} and ends[-1] == "d" and most[0] >= 2
 
@@ -329,10 +370,10 @@ def test_measures_and_tables_on_a_finished_chain(chain, tiny_data, tmp_path):  #
     assert rlhf.load(cfg, "fresh", rlhf.ScalarModel).config.n_layer == 1
     with pytest.raises(UserError, match="holds a ScalarModel"):
         rlhf.load(cfg, "fresh")
-    tables.write([out])
+    report.write([out])
     text = (tmp_path / "study.md").read_text()
     assert all(f"## {title}" in text for title in tables.SECTIONS)
-    for line in ("| ppo_ptx over gpt |", "| best of 4 |", "| makes up what nobody knows |",
+    for line in ("| 1. PPO-ptx preferred", "| best of 4 |", "| makes up what nobody knows |",
                  "| best of n, 6,144 comparisons |", "| all 6,144 comparisons |"):
         assert line in text, line
     assert "nan" not in text.split("## 4.")[0]
