@@ -387,7 +387,7 @@ class DPO(Training):
     batch_size: int = 8  # prompts a step, with all their pairs (DPO paper: 64 pairs)
     microbatch_size: int = 72  # rows of a forward pass, 9 a prompt: bounds the memory alone
     learning_rate: float = 1e-4  # peak, after a warmup of 10 %; cosine to 10 % (DPO paper: 1e-6)
-    beta: float = 0.1  # as kl_coef: more holds the policy closer to the reference (DPO paper: 0.1)
+    beta: float = 1.0  # more holds the policy closer to the reference (DPO paper: 0.1 and 0.5)
 
 @dataclass
 class Evaluate(Common):

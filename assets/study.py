@@ -1,7 +1,7 @@
 """What each piece buys: the claims of InstructGPT and of those who followed, measured in the fable.
 
     python assets/study.py --seeds 1,2,3                  all of it; started again, it goes on
-    python assets/study.py --only over_6144,dpo_0.1       some runs, and what they start from
+    python assets/study.py --only over_6144,dpo_1       some runs, and what they start from
     python assets/study.py --scale smoke --seeds 1        a twentieth of the data, in a subfolder
 
 out/study/seed1 is a folder of ./train.sh, whose defaults hold throughout; a run is one stage more
@@ -53,7 +53,7 @@ RUNS = [
     Run("gpt_10x", "pretrain", "--preset fable-10x --learning_rate 8e-4", 15),
     # 2. ptx_coef (0 is the run ppo, 0.5 ppo_ptx), and without it kl_coef (0.04 is ppo)
     *[Run(f"ptx_{x}", "ppo", f"--ptx_coef {x}") for x in (0.02, 0.1, 2)],
-    *[Run(f"kl_{x}", "ppo", f"--ptx_coef 0 --kl_coef {x}", 2.2) for x in (0.01, 0.16, 0.64, 4)],
+    *[Run(f"kl_{x}", "ppo", f"--ptx_coef 0 --kl_coef {x}", 2.2) for x in (0.01, 0.16, 4)],
     # 3. over-optimisation of reward models trained on 384, 1,536 and all 6,144 comparisons
     *[Run(f"rm_{n}", "rm", "", 3 * n / 6144 + 0.2, f"first_{n}") for n in (384, 1536)],
     Run("over_6144", "ppo", OFF, 2.2),
@@ -68,7 +68,7 @@ RUNS = [
     Run("sft_16", "sft", "--epochs 16 --reward_model rm", 2),
     # 6. the same comparisons used otherwise. REINFORCE: an update a rollout, no clip, returns to
     # the end of the response (lam 1), of which the value network is the baseline
-    *[Run(f"dpo_{beta}", "dpo", f"--beta {beta}", 3) for beta in (0.03, 0.1, 0.3, 1)],
+    *[Run(f"dpo_{beta}", "dpo", f"--beta {beta}", 3) for beta in (0.1, 0.3, 1, 3)],
     Run("reinforce", "ppo", f"--lam 1 {NO_CLIP} --iterations 400 --rollout_size 32", 4.5),
     # 7. a second round of collecting
     Run("round_2", "label", "--round 2 --models ppo_ptx", 1.7, "round_2"),
@@ -81,7 +81,7 @@ RUNS = [
     Run("fresh", "fresh", minutes=0.1),
     Run("value_from_scratch", "ppo", "--value_init fresh"),
     # 9. what the literature names
-    Run("behaviours", "behaviours", "--models gpt,gpt+fewshot,sft,ppo,ppo_ptx,dpo_0.1", 1.5),
+    Run("behaviours", "behaviours", "--models gpt,gpt+fewshot,sft,ppo,ppo_ptx,dpo_1", 1.5),
 ]
 SMOKE = {"pretrain": "--steps 60", "sft": "--epochs 2", "ppo": "--iterations 4",
          "best_of_n": "--samples 4", "behaviours": "--count 2"}

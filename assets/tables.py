@@ -154,7 +154,7 @@ def preference(seeds: list[Seed]) -> str:
 def tax(seeds: list[Seed]) -> str:
     squad = {"gpt": "69.8", "sft": "65.9", "ppo": "52.0", "ppo_ptx": "69.9"}
     names = ["gpt", "sft", "ppo", "ptx_0.02", "ptx_0.1", "ppo_ptx", "ptx_2", "over_6144",
-             "kl_0.01", "kl_0.16", "kl_0.64", "kl_4"]
+             "kl_0.01", "kl_0.16", "kl_4"]
     columns = ["held-out loss", "in-context", "RM score", "win rate", "KL"]
     return policies(seeds, names, columns, {"paper: SQuAD v2, F1 (Table 14)": squad})
 
@@ -266,8 +266,8 @@ def epochs(seeds: list[Seed]) -> str:
 
 
 WAYS = {  # to use the same comparisons, each along the KL: over kl_coef, beta and n
-    "PPO": ["over_6144", "kl_0.01", "ppo", "kl_0.16", "kl_0.64", "kl_4"],
-    "DPO": ["dpo_0.03", "dpo_0.1", "dpo_0.3", "dpo_1"],
+    "PPO": ["over_6144", "kl_0.01", "ppo", "kl_0.16", "kl_4"],
+    "DPO": ["dpo_0.1", "dpo_0.3", "dpo_1", "dpo_3"],
     "best of n": [f"best of {n}" for n in NS[2:]],
 }
 
