@@ -89,6 +89,7 @@ class Attention(nn.Module):
         return self.c_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, C))
 
 class MLP(nn.Module):
+    """Of each token by itself, four times as wide between: (B, T, C) -> (B, T, C)."""
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
@@ -98,6 +99,7 @@ class MLP(nn.Module):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 class Block(nn.Module):
+    """Attention, then MLP, each added to what it read: (B, T, C) -> (B, T, C)."""
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)

@@ -23,17 +23,12 @@ A value is thus that of the state before the action, and the one mask, made from
 from token ids, serves SFT and PPO alike. Dropout is on in sft alone.
 """
 
-import argparse
 import codecs
 import copy
-import difflib
-import inspect
 import json
 import math
-import re
-import sys
-from dataclasses import dataclass, fields
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,13 +39,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import Log, checkpoint, load, save
+from cli import Common, Training, memory_needed, run_one
 from data.formats import (
     UserError, decode, encode, fingerprint, get_tokenizer, gold_function, own_turn, passages,
     printable, read_comparisons, read_demonstrations, read_pretraining, read_rows, render, replacing
 )
-from machine import DEVICES, DTYPES, memory_needed, settle
 from model import GPT, PRESETS, GPTConfig, ScalarModel, generate, multiple, pad_right, stream
-from parallel import RANK, all_sum, broadcast, gather, joined, share, stop, sum_gradients, unshare
+from parallel import all_sum, broadcast, gather, share, sum_gradients, unshare
 
 # ---- The equations: tensors and floats in, tensors out -------------------------------------------
 # `count` is what a mean is divided by, given when the tensors are only a part of an optimizer step:
@@ -288,46 +283,14 @@ def ema_update(ema: torch.nn.Module, model: torch.nn.Module, decay: float) -> No
         average.lerp_(new, 1 - decay)
 
 def describe(metrics: dict[str, float]) -> str:
+    """{name: value} in a line, for the terminal."""
     return ", ".join(f"{key} {value:.3f}" for key, value in metrics.items())
 
 # ---- Settings: every field is a flag, its comment the help; defaults are the fable's -------------
 
-RANGES = {  # of what should not be any number from 1 on, or with a decimal point from 0 on
-    "seed": (0, 2**62), "dropout": (0, 0.99), "pretrain_fraction": (0, 0.99), "gamma": (0, 1),
-    "lam": (0, 1), "ema_decay": (0, 1), "missing_eos_score": (-1e9, 1e9),
-}
-
-@dataclass
-class Common:
-    data: str = "out/data"  # folder of the data set
-    out: str = "out"  # folder of checkpoints and logs
-    seed: int = 1  # of everything random
-    device: str = "auto"  # cpu, cuda or mps
-    dtype: str = "auto"  # bfloat16 (autocast) or float32; weights and softmax are always float32
-    microbatch_size: int = 32  # rows of a forward pass: bounds the memory, changes nothing else
-    max_new_tokens: int = 48  # longest response (paper: 1,000)
-    gold: str = "data/fable.py"  # has gold(row, completion), for prompts with "wants"; only shown
-
-    def __post_init__(self) -> None:
-        """UserError for a value that nobody can mean."""
-        own = vars(self)
-        for name, kind in [(field.name, field.type) for field in fields(self)]:
-            least, most = RANGES.get(name, (1 if kind is int else 0, 1e9))
-            if kind in (int, float) and not least <= own[name] <= most:
-                raise UserError(f"--{name} {own[name]}: should be from {least:g} to {most:g}")
-        if own.get("minibatch_size", 0) > own.get("rollout_size", 0):
-            sizes = f"--minibatch_size {own['minibatch_size']} --rollout_size {own['rollout_size']}"
-            raise UserError(f"{sizes}: a minibatch should not be larger than the rollout")
-        if "name" in own and own["name"] in (own.get("init"), own.get("reward_model")):
-            raise UserError(f"--name {own['name']}: should not be that of a model it starts from")
-
-@dataclass
-class Training(Common):
-    resume: bool = False  # go on where the run of this name was stopped, to the same bits
-    save_minutes: float = 5.0  # between two states kept for --resume; they change no result
-
 @dataclass
 class Pretrain(Training):
+    """The base model. The paper began with GPT-3: all of this is our choice."""
     name: str = "gpt"  # of this run: its checkpoint and log
     preset: str = "fable"  # shape of the model: fable, fable-10x, gpt2, gpt2-medium, -large or -xl
     steps: int = 1400  # optimizer steps
@@ -336,6 +299,7 @@ class Pretrain(Training):
 
 @dataclass
 class SFT(Training):
+    """Step 1 (C.1)."""
     name: str = "sft"  # of this run: its checkpoint and log
     init: str = "gpt"  # the model to start from
     epochs: int = 6  # passes over the demonstrations (paper: 16; for the start of PPO 2)
@@ -348,6 +312,7 @@ class SFT(Training):
 
 @dataclass
 class RM(Training):
+    """Step 2 (C.2)."""
     name: str = "rm"  # of this run: its checkpoint and log
     init: str = "sft"  # the policy whose trunk it starts from
     epochs: int = 2  # passes over the comparisons (paper: 1 over five times as many)
@@ -357,6 +322,7 @@ class RM(Training):
 
 @dataclass
 class PPO(Training):
+    """Step 3 (C.3, C.4)."""
     name: str = "ppo_ptx"  # of this run: its checkpoint and log
     init: str = "ppo_init"  # where the policy starts, and the reference it is held to
     reward_model: str = "rm"  # what scores a response; frozen
@@ -381,6 +347,7 @@ class PPO(Training):
 
 @dataclass
 class DPO(Training):
+    """In place of steps 2 and 3 (Rafailov et al. 2023, appendix B)."""
     name: str = "dpo"  # of this run: its checkpoint and log
     init: str = "ppo_init"  # where the policy starts, and the reference it is held to
     epochs: int = 1  # passes over the comparisons (DPO paper: not stated)
@@ -391,6 +358,7 @@ class DPO(Training):
 
 @dataclass
 class Evaluate(Common):
+    """The table of what each stage did."""
     name: str = "evaluate"  # of the table: out/<name>.md and .json
     models: str = "gpt,gpt+fewshot,sft,ppo,ppo_ptx"  # rows of the table, those that exist
     baseline: str = "sft"  # the row that win rates are against
@@ -399,6 +367,7 @@ class Evaluate(Common):
 
 @dataclass
 class Chat(Common):
+    """A conversation in the terminal."""
     model: str = "ppo_ptx"  # whom to talk to
     temperature: float = 0.7  # 0 takes the likeliest token every time
 
@@ -409,7 +378,7 @@ def epochs(rows: list, count: int, batch_size: int, rng: np.random.Generator) ->
     orders = [rng.permutation(len(rows)) for _ in range(count)]
     return [[rows[i] for i in part] for order in orders for part in chunks(order, batch_size)]
 
-def fit(model, batches, backward, cfg, rng, warmup=0.0, validate=None, frozen=()) -> Log:
+def fit(model, batches: list, backward, cfg, rng, warmup=0.0, validate=None, frozen=()) -> Log:
     """An optimizer step a batch, at a rate that warms up, then falls to a tenth along a cosine.
 
     backward(model, batch, cfg) accumulates the gradient and returns the loss; validate(step, rows)
@@ -821,72 +790,11 @@ def speak(policy: GPT, ids: list[int], tokenizer, cfg: Chat):
         if token.item() != eos:
             yield printable(decoder.decode(tokenizer.decode_single_token_bytes(token.item())))
 
-source_of = cache(inspect.getsource)  # which reads and parses the file each time
-
-def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
-    """A flag for every field of a settings class, the comment beside the field as its help."""
-    source = "".join(map(source_of, settings.__mro__[:-1]))
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
-    choices = {"preset": PRESETS, "device": DEVICES, "dtype": DTYPES}
-    for field in fields(settings):
-        text = f"{comments[field.name]} [{field.default}]".replace("%", "%%")
-        typed = {"type": field.type, "choices": choices.get(field.name)}
-        more = {"action": "store_true"} if field.type is bool else typed
-        parser.add_argument(f"--{field.name}", default=field.default, help=text, **more)
-
-def run(stage, settings: type, flags: dict) -> None:
-    """Seed and run the stage; what a person can mend ends in one sentence."""
-    trains = issubclass(settings, Training)
-    if RANK > 0 and not trains:  # the rest is work for one process
-        return
-    try:
-        settle(cfg := settings(**flags))
-        torch.manual_seed(cfg.seed + 100_003 * RANK)  # samples and dropout of its own
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        joining, half = joined(cfg.device, trains), cfg.dtype == "bfloat16"
-        # no cache of weights in bfloat16, as they change
-        with joining, torch.autocast(cfg.device, torch.bfloat16, half, cache_enabled=False):
-            stage(cfg)
-    except UserError as error:
-        stop(f"{stage.__name__}: {error}")
-    except OSError as error:
-        stop(f"{stage.__name__}: {error.filename or cfg.out}: {error.strerror or error}")
-    except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or "memory" in str(error)):
-            raise
-        lower = f"--microbatch_size, now {cfg.microbatch_size}, or --max_new_tokens"
-        stop(f"{stage.__name__}: out of memory: lower {lower}")
-    except EOFError:  # the end of what a person types
-        print()
-    except KeyboardInterrupt as error:
-        sys.exit(f"\n{stage.__name__}: stopped {error}")
-
-def nearest(word: str, known) -> str:
-    return f"{word}: did you mean {difflib.get_close_matches(word, known, 1, cutoff=0)[0]}?"
-
-def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict:
-    """The flags; one that does not exist is refused, with the name nearest to it."""
-    found, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag, names = unknown[0].split("=")[0], [f"--{name}" for name in vars(found)]
-        parser.error(f"no flag {nearest(flag, names)}")
-    return vars(found)
-
 STAGES = {stage.__name__: stage for stage in (pretrain, sft, rm, ppo, dpo, evaluate, chat)}
 
-def main(argv: list[str] | None = None, stages: dict = STAGES) -> None:
+def main(argv: list[str] | None = None) -> None:
     """python rlhf.py STAGE --flag value"""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="stage", required=True)
-    for name, stage in stages.items():
-        command = commands.add_parser(name, help=stage.__doc__.split("\n")[0], allow_abbrev=False)
-        add_flags(command, stage.__annotations__["cfg"])
-    argv = sys.argv[1:] if argv is None else argv
-    if argv and not argv[0].startswith("-") and argv[0] not in stages:
-        parser.error(f"no stage {nearest(argv[0], stages)}")
-    flags = parse(parser, argv)
-    stage = stages[flags.pop("stage")]
-    run(stage, stage.__annotations__["cfg"], flags)
+    run_one(STAGES, __doc__, argv)
 
 if __name__ == "__main__":
     main()

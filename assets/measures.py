@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # it is to find rlhf.py
+import cli  # noqa: E402
 import rlhf  # noqa: E402
 from data import fable  # noqa: E402
 from data.formats import encode, own_turn, replacing  # noqa: E402
@@ -29,7 +30,7 @@ def write_json(path: Path, content) -> None:
 
 
 @dataclass
-class BestOfN(rlhf.Common):
+class BestOfN(cli.Common):
     policy: str = "ppo_init"  # who answers: where PPO starts, and its reference
     judges: str = "rm"  # the reward models that choose
     samples: int = 64  # answers to each held-out prompt
@@ -55,7 +56,7 @@ def best_of_n(cfg: BestOfN) -> None:
 
 
 @dataclass
-class Behaviours(rlhf.Common):
+class Behaviours(cli.Common):
     models: str = "sft"  # whose behaviour
     count: int = 90  # prompts of each task, in seen phrasings and as many in held-out ones
 
@@ -118,7 +119,7 @@ def rates(rows: list[dict], answers: list[str]) -> dict[str, float]:
     return {name: float(np.mean(x)) for name, x in found.items()}
 
 
-def fresh(cfg: rlhf.Common) -> None:
+def fresh(cfg: cli.Common) -> None:
     """A scalar model that has learnt nothing, of the reward model's shape."""
     shape = rlhf.load(cfg, "rm", ScalarModel).config
     rlhf.save(rlhf.RM(data=cfg.data, out=cfg.out, name="fresh"), ScalarModel(shape))
@@ -127,4 +128,4 @@ def fresh(cfg: rlhf.Common) -> None:
 STAGES = {stage.__name__: stage for stage in (best_of_n, behaviours, fresh)}
 
 if __name__ == "__main__":
-    rlhf.main(stages=STAGES)
+    cli.run_one(STAGES, __doc__, None)

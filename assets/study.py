@@ -28,9 +28,9 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "assets")]  # `python assets/study.py` is to find both
+import cli  # noqa: E402
 import measures  # noqa: E402
 import report  # noqa: E402
-import rlhf  # noqa: E402
 from data import fable  # noqa: E402
 from data.formats import replacing  # noqa: E402
 from measures import read_lines, write_json  # noqa: E402
@@ -249,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     names = {run.name for run in RUNS}
     if unknown := set(filter(None, args.only.split(","))) - names:
-        parser.error(f"no run {rlhf.nearest(unknown.pop(), names)}")
+        parser.error(f"no run {cli.nearest(unknown.pop(), names)}")
     smoke = args.scale == "smoke"
     out = args.out.resolve() / ("smoke" if smoke else "")
     outs = {int(seed): out / f"seed{seed}" for seed in args.seeds.split(",")}

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that `python data/gpt2.py` finds rlhf.py
+import cli  # noqa: E402
 import rlhf  # noqa: E402
 from data.download import fetch  # noqa: E402
 from data.formats import UserError, printable, replacing  # noqa: E402
@@ -308,7 +309,7 @@ def load_command(args) -> None:
 
 def save_command(args) -> None:
     """A checkpoint, of a policy or of a reward model -> a folder."""
-    cfg = rlhf.Common(data="", out=args.out, device="cpu")  # whatever its vocabulary
+    cfg = cli.Common(data="", out=args.out, device="cpu")  # whatever its vocabulary
     try:
         model = rlhf.load(cfg, args.checkpoint, GPT)
     except UserError as error:

@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # `python tests/bench.py` is to find rlhf.py
+import cli  # noqa: E402
 import rlhf  # noqa: E402
 from data.formats import UserError  # noqa: E402
 from model import GPT, PRESETS, GPTConfig, ScalarModel  # noqa: E402
@@ -336,13 +337,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shape", default="fable", choices=SHAPES)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, choices=PRODUCT)
-    parser.add_argument("--dtype", default="auto", choices=rlhf.DTYPES)
+    parser.add_argument("--dtype", default="auto", choices=cli.DTYPES)
     parser.add_argument("--ending", action="store_true", help="responses half as long on average")
     for name, text in FLAGS.items():
         parser.add_argument(f"--{name}", type=int, help=text, default=SUPPRESS)
     flags = vars(parser.parse_args(argv))
     settings = vars(rlhf.PPO(ptx_coef=0.0, out=".")) | {"repeats": 5} | WORK[flags["shape"]] | flags
-    rlhf.run(bench, Namespace, settings)
+    cli.run(bench, Namespace, settings)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from data.formats import UserError
 from data.gpt2 import load_gpt2, read_safetensors, save_gpt2, write_safetensors
 from model import GPT, ScalarModel
 
+import cli
 import rlhf
 
 CONTENT = bytes(range(256)) * 5000  # more than one block of a download
@@ -274,7 +275,7 @@ def test_broken_folders_are_one_sentence(tmp_path, model):
         (folder / "pytorch_model.bin").write_bytes(content)
         with pytest.raises(UserError, match="pytorch_model.bin is not a file of tensors"):
             load_gpt2(folder)
-    for content in ([1, 2], {"wte.weight": 3}, {4: torch.ones(2)}, rlhf.Common):
+    for content in ([1, 2], {"wte.weight": 3}, {4: torch.ones(2)}, cli.Common):
         torch.save(content, folder / "pytorch_model.bin")  # the last: no plain data, not unpickled
         with pytest.raises(UserError, match="pytorch_model.bin is not a file of tensors"):
             load_gpt2(folder)

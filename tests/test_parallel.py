@@ -19,6 +19,7 @@ from torch import tensor
 
 import checkpoint
 import parallel
+import cli
 import rlhf
 from model import pad_right
 
@@ -114,7 +115,7 @@ def program(data: str, out: str, name: str) -> None:
                    epochs=2, microbatch_size=3, max_new_tokens=8, window=6, ptx_coef=3.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rlhf, "ppo", work)
-        rlhf.run(work, type(cfg), vars(cfg))
+        cli.run(work, type(cfg), vars(cfg))
 
 
 @pytest.fixture(scope="module")
@@ -266,8 +267,8 @@ def test_only_rank_0_writes(monkeypatch, tmp_path, capsys):
 def test_only_rank_0_evaluates(monkeypatch, tmp_path):
     """No table, no mistake either: the others leave at once."""
     cfg = settings(rlhf.Evaluate, tmp_path)
-    monkeypatch.setattr(rlhf, "RANK", 1)
-    rlhf.run(rlhf.evaluate, type(cfg), vars(cfg))
+    monkeypatch.setattr(cli, "RANK", 1)
+    cli.run(rlhf.evaluate, type(cfg), vars(cfg))
     assert not list(tmp_path.iterdir())
 
 

@@ -19,6 +19,7 @@ import torch
 from conftest import ROOT, STAGES, gpt, gradients, replace_stages, scalar, settings, weights
 from torch import tensor
 
+import cli
 import rlhf
 from data import label
 from data.formats import EOT, fingerprint, read_comparisons
@@ -1109,7 +1110,7 @@ def test_a_long_conversation_drops_its_oldest_turns_and_says_so(
 
     monkeypatch.setattr("builtins.input", said)
     monkeypatch.setattr(rlhf, "stream", watched)
-    rlhf.run(rlhf.chat, rlhf.Chat, flags)
+    cli.run(rlhf.chat, rlhf.Chat, flags)
     shown = capsys.readouterr().out
     assert len(seen) == 5 and max(map(len, seen)) <= 64 - 8
     assert "the oldest question and answer are forgotten" in shown and "only the end" in shown
@@ -1127,10 +1128,10 @@ def test_chat_ends_cleanly(tiny_data, tokenizer, tmp_path, monkeypatch, end):
 
     monkeypatch.setattr("builtins.input", ended)
     if end is EOFError:
-        rlhf.run(rlhf.chat, rlhf.Chat, flags)
+        cli.run(rlhf.chat, rlhf.Chat, flags)
     else:
         with pytest.raises(SystemExit, match="chat: stopped"):
-            rlhf.run(rlhf.chat, rlhf.Chat, flags)
+            cli.run(rlhf.chat, rlhf.Chat, flags)
 
 
 # ---- the command line --------------------------------------------------------------------------
@@ -1217,7 +1218,7 @@ def test_a_context_without_room_for_a_prompt(chain):
 def test_every_setting_is_explained_and_used(kind):
     """The comment beside a field is its help; a field that nothing reads would be a lie."""
     parser = argparse.ArgumentParser()
-    rlhf.add_flags(parser, kind)
+    cli.add_flags(parser, kind)
     texts = {action.dest: action.help for action in parser._actions if action.dest != "help"}
     files = "rlhf.py", "checkpoint.py", "data/label.py", "data/people.py"
     source = "".join((ROOT / file).read_text() for file in files)

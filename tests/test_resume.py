@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import checkpoint
 import numpy as np
 import pytest
+import cli
 import rlhf
 import torch
 from conftest import ROOT
@@ -51,7 +52,7 @@ def start(chain, tmp_path, tiny_data):  # noqa: F811
         kind, small = SMALL[stage]
         own = {"data": str(tiny_data), "out": str(tmp_path), "name": name, "save_minutes": 0.05}
         flags = {"device": "cpu", "dtype": "float32", **own, **small, **flags}
-        rlhf.run(getattr(rlhf, stage), kind, flags)
+        cli.run(getattr(rlhf, stage), kind, flags)
 
     return run
 

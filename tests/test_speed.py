@@ -3,7 +3,7 @@
 from contextlib import contextmanager
 from random import Random
 
-import machine
+import cli
 import pytest
 import rlhf
 import torch
@@ -103,17 +103,17 @@ def precision():
 def test_float32_products_stay_float32(precision):
     """Whatever `tune_cpu` sets, products are as exact as float32 allows."""
     a, b = torch.randn(300, 400), torch.randn(400, 200)
-    machine.tune_cpu()
+    cli.tune_cpu()
     error = (a @ b - a.double() @ b.double()).norm() / (a.double() @ b.double()).norm()
     assert error < 1e-6
 
 
 @pytest.mark.parametrize("platform, file", [("darwin", "/none"), ("win32", "/none")])
 def test_other_systems_are_left_alone(monkeypatch, precision, platform, file):
-    monkeypatch.setattr(machine.sys, "platform", platform)
-    monkeypatch.setattr(machine.ctypes, "CDLL", lambda *args: pytest.fail("no such library there"))
-    monkeypatch.setattr(machine, "CPUINFO", machine.Path(file))
-    machine.tune_cpu()
+    monkeypatch.setattr(cli.sys, "platform", platform)
+    monkeypatch.setattr(cli.ctypes, "CDLL", lambda *args: pytest.fail("no such library there"))
+    monkeypatch.setattr(cli, "CPUINFO", cli.Path(file))
+    cli.tune_cpu()
     assert torch.get_float32_matmul_precision() == "highest"
 
 
@@ -122,8 +122,8 @@ def test_other_systems_are_left_alone(monkeypatch, precision, platform, file):
 def test_only_amd_gets_another_library(monkeypatch, tmp_path, precision, processor, chosen):
     """An Intel processor with AMX would take "medium" for a leave to multiply in bfloat16."""
     (tmp_path / "cpuinfo").write_text(f"vendor_id : {processor}\n")
-    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
-    machine.tune_cpu()
+    monkeypatch.setattr(cli, "CPUINFO", tmp_path / "cpuinfo")
+    cli.tune_cpu()
     assert torch.get_float32_matmul_precision() == chosen
 
 
@@ -141,7 +141,7 @@ def test_memory_of_models():
     sizes = [sum(p.nbytes for p in model.parameters()) for model in (policy, reward)]
     cfg = rlhf.PPO()
     cfg.microbatch_size = 0
-    found = machine.memory_needed([policy], [reward], cfg) * 2**30
+    found = cli.memory_needed([policy], [reward], cfg) * 2**30
     assert found == gradients + averages + sizes[0] + sizes[1]
 
 
@@ -163,7 +163,7 @@ def test_memory_of_a_microbatch(dtype, tmp_path):
     with torch.autocast("cpu", torch.bfloat16, dtype == "bfloat16", cache_enabled=False):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             rlhf.lm_pass(policy, rows, cfg)
-    estimate = machine.memory_needed([policy], [], cfg) * 2**30
+    estimate = cli.memory_needed([policy], [], cfg) * 2**30
     estimate -= 16 * sum(p.numel() for p in policy.parameters())
     assert 1 / 1.6 < estimate / sum(kept.values()) < 1.6, (estimate, sum(kept.values()))
 

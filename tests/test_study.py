@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import cli
 import rlhf
 from conftest import ROOT, STAGES
 from data import fable, label
@@ -224,11 +225,11 @@ def test_every_command_is_understood(seed_folder):
         name: stage.__annotations__["cfg"] for name, stage in measures.STAGES.items()}}
     parsers = {stage: argparse.ArgumentParser() for stage in kinds}
     for stage, kind in kinds.items():
-        rlhf.add_flags(parsers[stage], kind)
+        cli.add_flags(parsers[stage], kind)
     for run, smoke in itertools.product(RUNS[1:], (False, True)):
         for _, program, *words in study.commands(run, seed_folder, 7, smoke):
             stage = Path(program).stem if run.stage == "label" else words.pop(0)
-            cfg = kinds[stage](**rlhf.parse(parsers[stage], words))
+            cfg = kinds[stage](**cli.parse(parsers[stage], words))
             assert (cfg.seed, cfg.out) == (7, str(seed_folder)) and stage in (run.stage, "evaluate")
             assert run.name in (*measures.STAGES, "round_2") or run.name in getattr(cfg, "name", "")
 
