@@ -588,6 +588,21 @@ def test_a_garbled_checkpoint_is_refused_or_whole(tmp_path, policy, step):
     assert refused > 0.6 * len(places)
 
 
+@pytest.mark.parametrize("field, place, bit", [
+    ("how it is packed", 10, 3), ("attributes: a folder", 38, 4), ("name: that of another", -1, 0)])
+def test_a_garbled_directory_is_refused(tmp_path, policy, field, place, bit):
+    """A bit in the entry of the first tensor, which torch would read without a word."""
+    cfg = settings(rlhf.SFT, tmp_path, data="", out=str(tmp_path), name="good")
+    rlhf.save(cfg, policy)
+    content = bytearray((tmp_path / "good.pt").read_bytes())
+    name = content.rindex(b"archive/data/0")
+    start = content.rindex(b"PK\1\2", 0, name)  # APPNOTE.TXT 4.3.12: its signature, then fields
+    content[name + len(b"archive/data/0") - 1 if place < 0 else start + place] ^= 1 << bit
+    (tmp_path / "bad.pt").write_bytes(content)
+    with pytest.raises(UserError, match="bad.pt is not a whole checkpoint"):
+        rlhf.load(cfg, "bad")
+
+
 def test_shapes_are_checked_before_memory_is_taken(tmp_path, policy):
     """A config of a trillion parameters is a sentence, at once."""
     cfg = settings(rlhf.SFT, tmp_path, data="", out=str(tmp_path), name="good")
