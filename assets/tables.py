@@ -109,12 +109,13 @@ def elo(gold: dict[str, np.ndarray]) -> dict[str, float]:
     return dict(zip(gold, points - points[list(gold).index("sft")]))
 
 
-def gao_fit(kl: np.ndarray, gain: np.ndarray, form: str) -> tuple[float, float]:
+def gao_fit(kl: np.ndarray, gain: np.ndarray, form: str) -> tuple[float, float, float]:
     """alpha and beta of gain = d (alpha - beta d), best of n, or d (alpha - beta log d), PPO, where
-    d = sqrt(KL) (Gao et al. 2022); by least squares."""
+    d = sqrt(KL) (Gao et al. 2022); by least squares. And the share of the variance explained."""
     d = np.sqrt(kl)
-    other = d * d if form == "best of n" else d * np.log(d)
-    return tuple(np.linalg.lstsq(np.stack([d, -other], 1), gain, rcond=None)[0])
+    terms = np.stack([d, -d * (d if form == "best of n" else np.log(d))], 1)
+    fit = np.linalg.lstsq(terms, gain, rcond=None)[0]
+    return *fit, 1 - np.var(gain - terms @ fit) / np.var(gain)
 
 
 def smooth(values: list[float], width: int = 5) -> np.ndarray:
@@ -185,7 +186,8 @@ def summary(found: dict[str, np.ndarray], form: str) -> dict[str, float]:
               "gold at the end": found["gold"][-1], "learned at the end": found["learned"][-1],
               "KL at the end": found["KL"][-1]}
     if far.sum() > 2:
-        result["alpha"], result["beta"] = gao_fit(found["KL"][far], found["gold"][far], form)
+        fit = gao_fit(found["KL"][far], found["gold"][far], form)
+        result |= dict(zip(("alpha", "beta", "explained"), fit))
     return result
 
 
@@ -201,7 +203,7 @@ def optimised(seeds: list[Seed]) -> dict[tuple, list[dict]]:
 
 def over_optimisation(seeds: list[Seed]) -> str:
     columns, rows = ["gold at its best", "at a KL of", "gold at the end", "learned at the end",
-                     "KL at the end", "alpha", "beta"], []
+                     "KL at the end", "alpha", "beta", "explained"], []
     for (form, size), courses in optimised(seeds).items():
         own = [summary(found, form) for found in courses]
         rows.append([f"{form}, {size:,} comparisons", *cells(columns, own)])

@@ -84,7 +84,7 @@ def test_kl_bound_is_that_of_the_best_of_n_without_ties(n):
 def test_fits_find_what_was_put_in(form):
     d = np.linspace(0.4, 4, 30)
     gain = d * (0.9 - 0.2 * (d if form == "best of n" else np.log(d)))
-    assert tables.gao_fit(d**2, gain, form) == pytest.approx((0.9, 0.2))
+    assert tables.gao_fit(d**2, gain, form) == pytest.approx((0.9, 0.2, 1))
 
 
 def test_smooth_keeps_a_constant_and_its_length():
