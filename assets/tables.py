@@ -61,11 +61,6 @@ def read_seed(out: Path) -> Seed:
         seed.table[name]["win rate"] = win_rate(gold, seed.gold["sft"])[0]
     for name, points in elo(seed.gold).items():
         seed.table[name]["Elo"] = points
-    for name in seed.table:
-        if rows := [row for row in log(out, name) if "val/var_explained" in row]:
-            first = [row["val/var_explained"] for row in rows[:10]]
-            seed.table[name]["value explained at first"] = np.mean(first)
-            seed.table[name]["clipped"] = np.mean([row["policy/clipfrac"] for row in rows])
     return seed
 
 
@@ -207,21 +202,27 @@ def over_optimisation(seeds: list[Seed]) -> str:
     for (form, size), courses in optimised(seeds).items():
         own = [summary(found, form) for found in courses]
         rows.append([f"{form}, {size:,} comparisons", *cells(columns, own)])
-    return f"{markdown(['optimised by', *columns], rows)}\n{lean(seeds)}"
+    logs = over_training(seeds, ["ppo", "ppo_ptx", "over_6144"])
+    return f"{markdown(['optimised by', *columns], rows)}\n{logs}"
 
 
-def lean(seeds: list[Seed]) -> str:
-    """Length, learned and gold score over training: the labelers like length, and so does PPO."""
-    keys = ["response_length", "objective/scores", "objective/gold", "objective/kl"]
+LOGGED = {  # column of a table: of a log
+    "KL": "objective/kl", "learned": "objective/scores", "gold": "objective/gold",
+    "length": "response_length", "EOS": "eos_fraction", "value explained": "val/var_explained",
+}
+
+
+def over_training(seeds: list[Seed], runs: list[str]) -> str:
+    """What a reader sees in the logs: means of five iterations, early, midway and in the end."""
     rows = []
-    for run in ("ppo", "ppo_ptx", "over_6144"):
+    for run in runs:
         logs = [own for own in (log(seed.out, run) for seed in seeds) if own]
         count = min(map(len, logs), default=0)
         for end in sorted({min(5, count), count // 2, count} - {0}):
-            own = [{key: np.mean([row[key] for row in steps[max(0, end - 5) : end]])
-                    for key in keys} for steps in logs]
-            rows.append([f"{run}, to iteration {end}", *cells(keys, own)])
-    return markdown(["run", "length", "learned", "gold", "KL"], rows)
+            own = [{title: np.mean([row[key] for row in steps[max(0, end - 5) : end]])
+                    for title, key in LOGGED.items()} for steps in logs]
+            rows.append([f"{run}, to iteration {end}", *cells([*LOGGED], own)])
+    return markdown(["run", *LOGGED], rows)
 
 
 def judged(rows: list[dict]) -> dict[str, float]:
@@ -317,8 +318,8 @@ def rounds(seeds: list[Seed]) -> str:
 
 def broken(seeds: list[Seed]) -> str:
     names = ["ppo_ptx", "no_kl", "ppo", "no_clip", "no_eos_score", "value_from_scratch"]
-    return policies(seeds, names, ["win rate", "RM score", "KL", "length", "EOS", "held-out loss",
-                                   "clipped", "value explained at first"])
+    columns = ["win rate", "RM score", "KL", "length", "EOS", "held-out loss"]
+    return f"{policies(seeds, names, columns)}\n{over_training(seeds, names)}"
 
 
 def habits(seeds: list[Seed]) -> list[dict[str, dict[str, float]]]:

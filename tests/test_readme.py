@@ -141,6 +141,12 @@ def test_equations_are_numbered_alike_everywhere(number):
     assert any(f'"""({number})' in text for text in tests)
 
 
+def test_the_readme_has_the_table_of_the_study():
+    """The one that assets/study.py wrote, to the letter."""
+    table = (ROOT / "assets/study.md").read_text(encoding="utf-8").split("\n\n")[0]
+    assert table.startswith("| claim |") and table in README.read_text(encoding="utf-8")
+
+
 # ---- the measures ------------------------------------------------------------------------------
 
 def test_model_and_rlhf_can_be_read_in_an_evening():

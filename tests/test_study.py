@@ -133,6 +133,16 @@ def test_points_for_a_doubling(tmp_path):
     assert report.judges(seeds, "other labelers, %", ["a", "c"]) == "-", "c is not done"
 
 
+def test_logs_early_midway_and_in_the_end(tmp_path):
+    """Iterations 1 to 5, 4 to 8 and 12 to 16, whose numbers are 1 to 16, and tenfold."""
+    logs = [[{key: scale * i for key in tables.LOGGED.values()} for i in range(1, 17)]
+            for scale in (1, 10)]
+    table = tables.over_training(some_seeds(tmp_path, {"a": logs}), ["a", "b"]).splitlines()
+    assert [line.split(" | ")[:2] for line in table[2:]] == [
+        ["| a, to iteration 5", "16.50 ± 13.50"], ["| a, to iteration 8", "33.00 ± 27.00"],
+        ["| a, to iteration 16", "77.00 ± 63.00"]]
+
+
 def test_epochs_of_the_lowest_loss_and_of_the_highest_score(tmp_path):
     def log_of(losses, scores):
         return [x for loss, score in zip(losses, scores) for x in (
