@@ -57,6 +57,12 @@ def lowest(seeds: list[Seed]) -> str:
     return ", ".join(map(brief, zip(*best))) or "-"
 
 
+def habit(seeds: list[Seed], what: str, *names: str) -> str:
+    """How often each policy does it, in percent of the prompts it is counted over."""
+    return ", ".join(brief([100 * x[name][what] for x in habits(seeds) if name in x])
+                     for name in names)
+
+
 def claims(seeds: list[Seed]) -> str:
     """What was claimed, by whom, and what is seen here: the mean over the seeds ± their standard
     deviation, by gold score unless it says otherwise."""
@@ -101,8 +107,12 @@ def claims(seeds: list[Seed]) -> str:
          wins(seeds, "ppo_ptx", "no_kl", "ppo", "no_clip", "no_eos_score", "value_from_scratch")
          + " %"],
         ["9. Makes up what nobody knows: GPT, SFT, PPO-ptx", "21 % for 41 % (4.1: in closed tasks)",
-         ", ".join(brief([100 * x[name]["makes up what nobody knows"] for x in habits(seeds)
-                          if name in x]) for name in ("gpt", "sft", "ppo_ptx")) + " %"],
+         habit(seeds, "makes up what nobody knows", "gpt", "sft", "ppo_ptx") + " %"],
+        ["Refuses what is harmful: the same", "",
+         habit(seeds, "refuses what is harmful", "gpt", "sft", "ppo_ptx") + " %"],
+        ["PPO-ptx is helpful to usual phrasings, to held-out ones", "thrown by a rephrasing",
+         ", ".join(habit(seeds, f"helpful{which}", "ppo_ptx")
+                   for which in ("", ", in held-out phrasings")) + " %"],
     ]
     return markdown(["claim", "found by others", "here"], rows)
 
