@@ -252,7 +252,7 @@ def agreements(seeds: list[Seed]) -> tuple[list[float], list[float]]:
 def reward_models(seeds: list[Seed]) -> str:
     rows, columns = [], ["accuracy, %", "other labelers, %", "loss of the last steps"]
     for title, runs in (("all 6,144 comparisons", ["rm"]), ("1,536", ["rm_1536"]),
-                        ("384", ["rm_384"]), ("12,288, in two rounds", ["rm2"]),
+                        ("384", ["rm_384"]), ("12,288 of two rounds, on both", ["rm2"]),
                         ("five-fold over labelers", FOLDS), ("one epoch", ["rm_epoch"]),
                         ("one epoch, shuffled pairs", ["rm_pairs"]),
                         ("ten times the size", ["rm_10x"])):
