@@ -1,7 +1,7 @@
 """What each piece buys: the claims of InstructGPT and of those who followed, measured in the fable.
 
     python assets/study.py --seeds 1,2,3                  all of it; started again, it goes on
-    python assets/study.py --only over_6144,dpo_1       some runs, and what they start from
+    python assets/study.py --only over_6144,dpo_1         some runs, and what they start from
     python assets/study.py --scale smoke --seeds 1        a twentieth of the data, in a subfolder
 
 out/study/seed1 is a folder of ./train.sh, whose defaults hold throughout; a run is one stage more
@@ -250,6 +250,8 @@ def main(argv: list[str] | None = None) -> None:
     names = {run.name for run in RUNS}
     if unknown := set(filter(None, args.only.split(","))) - names:
         parser.error(f"no run {cli.nearest(unknown.pop(), names)}")
+    if args.jobs < 1 or not all(seed.isdecimal() for seed in args.seeds.split(",")):
+        parser.error("--jobs should be 1 or more, --seeds whole numbers with commas between")
     smoke = args.scale == "smoke"
     out = args.out.resolve() / ("smoke" if smoke else "")
     outs = {int(seed): out / f"seed{seed}" for seed in args.seeds.split(",")}
@@ -260,4 +262,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; started again, the study goes on")

@@ -347,6 +347,13 @@ def test_a_base_that_is_not_there_is_made(tmp_path, calls):
     assert marker["run"] == ["base", "train", "", ""] and marker["seconds"] >= 0
 
 
+@pytest.mark.parametrize("words", [["--jobs", "0"], ["--seeds", "one"], ["--seeds", "1,,2"]])
+def test_odd_numbers_are_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        study.main(words)
+    assert "--jobs should be 1 or more, --seeds whole numbers" in capsys.readouterr().err
+
+
 def test_a_misspelt_run_is_refused(capsys):
     with pytest.raises(SystemExit):
         study.main(["--only", "no_kll"])
