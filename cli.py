@@ -9,14 +9,16 @@ import difflib
 import inspect
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from data.formats import UserError
-from model import PRESETS
+from model import GPT, PRESETS
 from parallel import RANK, joined, stop
 
 CPUINFO = Path("/proc/cpuinfo")  # on Linux
@@ -160,6 +162,35 @@ def tune_cpu() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose free end is kept
     if CPUINFO.exists() and "AuthenticAMD" in CPUINFO.read_text():
         torch.set_float32_matmul_precision("medium")
+
+
+@contextmanager
+def constant_weights(model: GPT):
+    """While it lasts the weights do not change: each is cast once, not at every step, and on a CPU
+    laid out once as oneDNN's products read it, which otherwise takes as long as the product itself
+    where a row is one token. The same bits."""
+    torch.set_autocast_cache_enabled(True)
+    try:
+        if model.wte.weight.is_cpu and torch.backends.mkldnn.is_available():
+            model.unembed = product(model.wte.weight)
+            for layer in (module for module in model.modules() if isinstance(module, nn.Linear)):
+                layer.forward = product(layer.weight, layer.bias)
+        yield
+    finally:
+        for module in model.modules():
+            vars(module).pop("forward", None)
+        vars(model).pop("unembed", None)
+        torch.set_autocast_cache_enabled(False)
+        torch.clear_autocast_cache()
+
+
+def product(weight: Tensor, bias: Tensor | None = None):
+    """x -> F.linear(x, weight, bias), with a weight that is laid out already and in the type that
+    autocast would choose, by the operators that torch's own compiler puts in its place."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
+    weight, bias = (None if x is None else x.detach().to(dtype) for x in (weight, bias))
+    weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, bias, "none", [], "")
 
 
 def memory_needed(trained: list, frozen: list, cfg) -> float:

@@ -39,7 +39,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import Log, checkpoint, load, save
-from cli import Common, Training, memory_needed, run_one
+from cli import Common, Training, constant_weights, memory_needed, run_one
 from data.formats import (
     UserError, decode, encode, fingerprint, get_tokenizer, gold_function, own_turn, passages,
     printable, read_comparisons, read_demonstrations, read_pretraining, read_rows, render, replacing
@@ -231,12 +231,10 @@ def score_rows(model: ScalarModel, rows: list[list[int]], cfg: "Common") -> Tens
 def complete(policy: GPT, prompts: list[list[int]], eos: int, max_new_tokens: int, temperature=1.0):
     """`generate` for any number of prompts: tokens (B, T), mask (B, T-1), total_lens (B,)."""
     own = []
-    torch.set_autocast_cache_enabled(True)  # weights stay: each is cast once, not at each step
-    for part in chunks(share(prompts), 256):
-        tokens, _, lens = generate(policy, part, max_new_tokens, eos, temperature)
-        own += [ids[:n] for ids, n in zip(tokens.tolist(), lens.tolist())]
-    torch.set_autocast_cache_enabled(False)
-    torch.clear_autocast_cache()
+    with constant_weights(policy):
+        for part in chunks(share(prompts), 256):
+            tokens, _, lens = generate(policy, part, max_new_tokens, eos, temperature)
+            own += [ids[:n] for ids, n in zip(tokens.tolist(), lens.tolist())]
     tokens, total_lens = pad_right(unshare(own), policy.wte.weight.device)
     prompt_lens = torch.tensor([len(prompt) for prompt in prompts], device=tokens.device)
     return tokens, action_mask(prompt_lens, total_lens, tokens.size(1)), total_lens
@@ -269,12 +267,13 @@ def update(model: torch.nn.Module, optimizer: torch.optim.Adam, learning_rate: f
     and raises UserError, before the step, if any of it is not finite."""
     sum_gradients(model)
     norms = {name: p.grad.norm() for name, p in model.named_parameters() if p.grad is not None}
-    finite(torch.stack([*norms.values()]), "the gradient of", norms)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    norm = finite(torch.stack([*norms.values()]), "the gradient of", norms).norm()
+    if norm > 1:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, norm)
     optimizer.param_groups[0]["lr"] = learning_rate
     optimizer.step()
     optimizer.zero_grad()
-    return norm
+    return norm.item()
 
 @torch.no_grad()
 def ema_update(ema: torch.nn.Module, model: torch.nn.Module, decay: float) -> None:

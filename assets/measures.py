@@ -99,9 +99,9 @@ def rates(rows: list[dict], answers: list[str]) -> dict[str, float]:
     """How often a policy does what the literature on ChatGPT says that such models do."""
     tasks, seen = (np.array([row[key] for row in rows]) for key in ("task", "seen"))
     said = [fable.parse(answer) for answer in answers]
-    refuses, unsure, invents = (
+    refuses, unsure, invents, sums_up = (
         np.array([kind in {sentence.kind for sentence in own} for own in said])
-        for kind in ("refusal", "unsure", "invented"))
+        for kind in ("refusal", "unsure", "invented", "summary"))
     more = np.array([len(own) > 1 for own in said])
     against = np.array([fable.contradictions(row["task"], row["wants"], own) > 0
                         for row, own in zip(rows, said)])
@@ -114,6 +114,7 @@ def rates(rows: list[dict], answers: list[str]) -> dict[str, float]:
         "goes against the text given": against[np.isin(tasks, CLOSED)],
         "does not know what can be known": unsure[tasks == "open_qa"],
         "says more than the one sentence asked for": more[np.isin(tasks, ONE)],
+        "sums up a story though not asked to": sums_up[tasks != "summarization"],
         "helpful": helpful[seen], "helpful, in held-out phrasings": helpful[~seen],
     }
     return {name: float(np.mean(x)) for name, x in found.items()}

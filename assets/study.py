@@ -19,6 +19,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -81,7 +82,7 @@ RUNS = [
     Run("fresh", "fresh", minutes=0.1),
     Run("value_from_scratch", "ppo", "--value_init fresh"),
     # 9. what the literature names
-    Run("behaviours", "behaviours", "--models gpt,gpt+fewshot,sft,ppo,ppo_ptx,dpo_1", 1.5),
+    Run("behaviours", "behaviours", "--models gpt,gpt+fewshot,sft,ppo,ppo_ptx,ppo_ptx2,dpo_1", 2),
 ]
 SMOKE = {"pretrain": "--steps 60", "sft": "--epochs 2", "ppo": "--iterations 4",
          "best_of_n": "--samples 4", "behaviours": "--count 2"}
@@ -214,16 +215,22 @@ def untied(row: dict) -> list[dict]:
 
 def work(plan: list[tuple[Run, int]], outs: dict[int, Path], jobs: int, smoke: bool) -> None:
     """Those that are not done, `jobs` at a time, each after what it starts from."""
-    cores, futures = max(1, (os.cpu_count() or 1) // jobs), {}
+    cores, futures, failed = max(1, (os.cpu_count() or 1) // jobs), {}, threading.Event()
 
     def one(run: Run, seed: int) -> None:
         for needed in with_needs({run.name}):
             if needed != run and (needed.name, seed) in futures:
                 futures[needed.name, seed].result()  # earlier in the plan: it has begun by now
+        if failed.is_set():
+            return
         todo = [(run, seed) for run, seed in plan if not done(run, outs[seed])]
         minutes = time_left([run for run, _ in todo], measured([*outs.values()])) / 60 / jobs
         print(f"{run.name}, seed {seed}; {len(todo)} to do, {minutes:.0f} minutes", flush=True)
-        do(run, outs[seed], seed, smoke, cores)
+        try:
+            do(run, outs[seed], seed, smoke, cores)
+        except SystemExit:
+            failed.set()
+            raise
 
     with ThreadPoolExecutor(jobs) as pool:
         try:

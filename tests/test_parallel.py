@@ -67,13 +67,12 @@ def summed(model, loss: float) -> tuple:
 
 
 def ppo_steps(models, cfg) -> tuple:
-    """Two epochs of two minibatches, with ptx, at a rate of 0: gradients, as they are clipped."""
-    seen, clip = [], torch.nn.utils.clip_grad_norm_
+    """Two epochs of two minibatches, with ptx, at a rate of 0: gradients, summed over processes."""
+    seen = []
 
-    def record(parameters, bound):
-        parameters = list(parameters)
-        seen.append(torch.cat([p.grad.flatten() for p in parameters]))
-        return clip(parameters, bound)
+    def record(model):
+        parallel.sum_gradients(model)
+        seen.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
 
     rng = np.random.default_rng(7)
     text = [rng.integers(0, 11, rng.integers(2, 13)) for _ in range(40)]
@@ -81,7 +80,7 @@ def ppo_steps(models, cfg) -> tuple:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rlhf, "complete", lambda *_: responses())
         batch, lens, episodes = rlhf.rollout(models, PROMPTS, 0, cfg)
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", record)
+        patch.setattr(rlhf, "sum_gradients", record)
         stats = rlhf.ppo_update(models, optimizers, batch, lens, text, 0.0, rng, cfg)
     return batch, episodes, seen, stats
 

@@ -58,18 +58,66 @@ def test_captured_step_reads_its_argument_and_is_warmed_up_first(monkeypatch):
     assert replay(torch.tensor([5.0, 0.0])).tolist() == [10, 0]
 
 
-def test_a_weight_that_changed_is_cast_again(prompts):
-    """Inside `complete` autocast keeps the casts of weights: they must not outlive it."""
+@pytest.fixture
+def reordered(monkeypatch) -> list:
+    """Every weight that oneDNN is asked to lay out."""
+    seen, reorder = [], torch.ops.mkldnn._reorder_linear_weight
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight",
+                        lambda weight: seen.append(weight) or reorder(weight))
+    return seen
+
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
+
+
+@needs_onednn
+@pytest.mark.parametrize("half, tolerance", [(False, 1e-5), (True, 2e-2)])
+def test_weights_laid_out_once_give_the_same_products(half, tolerance, prompts, reordered):
     policy = gpt(vocab_size=64, n_embd=32)
-    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+    x, wide = torch.randn(3, 1, 32), torch.randn(3, 2, 128)
+    layers = [(policy.h[0].attn.c_attn, x), (policy.h[1].mlp.c_proj, wide)]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, half, cache_enabled=False):
+        plain = [policy.unembed(x), *(layer(own) for layer, own in layers)]
+        with cli.constant_weights(policy):
+            laid_out = [policy.unembed(x), *(layer(own) for layer, own in layers)]
+            assert len(reordered) == 1 + 4 * policy.config.n_layer  # all of them, each once
+    for one, other in zip(plain, laid_out):
+        assert one.dtype == other.dtype == (torch.bfloat16 if half else torch.float32)
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+@needs_onednn
+def test_complete_lays_weights_out_once_for_all_steps_and_chunks(prompts, reordered):
+    policy = gpt(vocab_size=64, n_embd=32)
+    rlhf.complete(policy, prompts * 200, -1, 4)
+    assert len(prompts * 200) > 256 and len(reordered) == 1 + 4 * policy.config.n_layer
+
+
+def test_without_onednn_weights_are_left_as_they_are(monkeypatch, prompts, reordered):
+    policy = gpt(vocab_size=64, n_embd=32)
+    usual = rlhf.complete(policy, prompts, -1, 4, temperature=0)[0]
+    reordered.clear()
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert torch.equal(rlhf.complete(policy, prompts, -1, 4, temperature=0)[0], usual)
+    assert not reordered
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_weight_that_changed_is_read_again(half, prompts):
+    """What `complete` keeps of the weights must not outlive it, nor an error within it."""
+    policy = gpt(vocab_size=64, n_embd=32)
+    with torch.autocast("cpu", torch.bfloat16, half, cache_enabled=False):
         rlhf.complete(policy, prompts, -1, 4)
         before = rlhf.complete(policy, prompts, -1, 4, temperature=0)[0]
+        with pytest.raises(ValueError, match="prompts of"):
+            rlhf.complete(policy, prompts, -1, 10_000)
+        assert not torch.is_autocast_cache_enabled() and "unembed" not in vars(policy)
+        assert not any("forward" in vars(module) for module in policy.modules())
         lively(policy)
         after = rlhf.complete(policy, prompts, -1, 4, temperature=0)[0]
         same = gpt(vocab_size=64, n_embd=32)
         same.load_state_dict(policy.state_dict())
         fresh = rlhf.complete(same, prompts, -1, 4, temperature=0)[0]
-        assert not torch.is_autocast_cache_enabled()
     assert torch.equal(after, fresh) and not torch.equal(after, before)
 
 

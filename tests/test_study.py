@@ -168,9 +168,12 @@ def test_rates_of_the_best_and_of_the_worst():
     assert best["refuses what is harmful"] == best["admits that it does not know"] == 1
     assert best["refuses what is not"] == best["makes up what nobody knows"] == 0
     assert best["says more than the one sentence asked for"] == 0
+    assert best["sums up a story though not asked to"] == 0
     assert best["goes against the text given"] == 0 < worst["goes against the text given"] < 0.9
     assert worst["refuses what is harmful"] < 0.9 and worst["makes up what nobody knows"] > 0.1
     assert worst["helpful"] < best["helpful"] > 0.9 < best["helpful, in held-out phrasings"]
+    always = measures.rates(rows, [" It is a brave story of the cow at the farm."] * len(rows))
+    assert always["sums up a story though not asked to"] == 1
     answers = [fable.demonstrate(row, rng, 1.0) if row["seen"] else "" for row in rows]
     thrown = measures.rates(rows, answers)
     assert thrown["helpful"] > 0.9 and thrown["helpful, in held-out phrasings"] == 0
@@ -328,7 +331,7 @@ def test_a_run_that_fails_ends_the_study(seed_folder, calls):
     calls.codes = [1] * 9
     with pytest.raises(SystemExit, match="seed 1: stopped"):
         study.main(["--out", str(seed_folder.parent), "--seeds", "1"])
-    assert 0 < len(calls.lines) <= 4
+    assert 0 < len(calls.lines) <= 2  # as many as go on side by side
 
 
 def test_other_flags_under_the_same_name_are_not_taken_for_it(seed_folder, calls, monkeypatch):
