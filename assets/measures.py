@@ -71,6 +71,7 @@ def behaviours(cfg: Behaviours) -> None:
     result = {}
     for title in cfg.models.split(","):
         name, _, prompted = title.partition("+")
+        torch.manual_seed(cfg.seed)  # whoever else is asked
         policy, shots = rlhf.load(cfg, name), [row["ids"][0][:-1] for row in examples if prompted]
         ids = [rlhf.few_shot(shots, encode(tokenizer, row["prompt"]), longest) for row in rows]
         tokens, mask, _ = rlhf.complete(policy, ids, tokenizer.eot_token, cfg.max_new_tokens)
