@@ -171,7 +171,7 @@ def constant_weights(model: GPT):
     where a row is one token. The same bits."""
     torch.set_autocast_cache_enabled(True)
     try:
-        if model.wte.weight.is_cpu and torch.backends.mkldnn.is_available():
+        if model.wte.weight.is_cpu and lays_out():
             model.unembed = product(model.wte.weight)
             for layer in (module for module in model.modules() if isinstance(module, nn.Linear)):
                 layer.forward = product(layer.weight, layer.bias)
@@ -182,6 +182,12 @@ def constant_weights(model: GPT):
         vars(model).pop("unembed", None)
         torch.set_autocast_cache_enabled(False)
         torch.clear_autocast_cache()
+
+
+def lays_out() -> bool:
+    """Whether there is oneDNN, and whether it takes bfloat16 on this processor, if that is asked."""
+    there, half = torch.backends.mkldnn.is_available(), torch.is_autocast_enabled("cpu")
+    return there and (not half or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def product(weight: Tensor, bias: Tensor | None = None):

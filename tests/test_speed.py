@@ -93,12 +93,17 @@ def test_complete_lays_weights_out_once_for_all_steps_and_chunks(prompts, reorde
     assert len(prompts * 200) > 256 and len(reordered) == 1 + 4 * policy.config.n_layer
 
 
-def test_without_onednn_weights_are_left_as_they_are(monkeypatch, prompts, reordered):
+@needs_onednn
+@pytest.mark.parametrize("half, module, name", [
+    (False, torch.backends.mkldnn, "is_available"),
+    (True, torch.ops.mkldnn, "_is_mkldnn_bf16_supported")])
+def test_weights_that_onednn_does_not_take_are_left_as_they_are(
+    half, module, name, monkeypatch, prompts, reordered
+):
     policy = gpt(vocab_size=64, n_embd=32)
-    usual = rlhf.complete(policy, prompts, -1, 4, temperature=0)[0]
-    reordered.clear()
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert torch.equal(rlhf.complete(policy, prompts, -1, 4, temperature=0)[0], usual)
+    monkeypatch.setattr(module, name, lambda: False)
+    with torch.autocast("cpu", torch.bfloat16, half, cache_enabled=False):
+        rlhf.complete(policy, prompts, -1, 4)
     assert not reordered
 
 
