@@ -185,7 +185,7 @@ def constant_weights(model: GPT):
 
 
 def lays_out() -> bool:
-    """Whether there is oneDNN, and whether it takes bfloat16 on this processor, if that is asked."""
+    """Whether there is oneDNN, and, under autocast, one that takes bfloat16 on this processor."""
     there, half = torch.backends.mkldnn.is_available(), torch.is_autocast_enabled("cpu")
     return there and (not half or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
