@@ -168,7 +168,7 @@ def tune_cpu() -> None:
 def constant_weights(model: GPT):
     """While it lasts the weights do not change: each is cast once, not at every step, and on a CPU
     laid out once as oneDNN's products read it, which otherwise takes as long as the product itself
-    where a row is one token. The same bits."""
+    where a row is one token. The same bits, where F.linear goes to oneDNN as well."""
     torch.set_autocast_cache_enabled(True)
     try:
         if model.wte.weight.is_cpu and lays_out():

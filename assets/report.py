@@ -101,9 +101,11 @@ def claims(seeds: list[Seed]) -> str:
          "DPO about 61, PPO 57 % over people (Rafailov et al.)",
          ", ".join(brief([100 * x["win rate"] for x in own]) for own in ways.values()) + " %"],
         ["REINFORCE, at a KL of its own", "", wins(seeds, "reinforce", "sft") + " %"],
-        ["7. A second round preferred to the first", "", wins(seeds, "ppo_ptx2", "ppo_ptx") + " %"],
+        ["7. A second round preferred to the first", "no figure (3.1)",
+         wins(seeds, "ppo_ptx2", "ppo_ptx") + " %"],
         ["8. PPO-ptx preferred to it without KL, ptx, clipping, EOS score, the reward model's "
-         "weights in the value network", "",
+         "weights in the value network",
+         "worse without KL (Figure 36), with a fresh network (Stiennon et al.)",
          wins(seeds, "ppo_ptx", "no_kl", "ppo", "no_clip", "no_eos_score", "value_from_scratch")
          + " %"],
         ["9. Makes up what nobody knows: GPT, SFT, PPO-ptx", "21 % for 41 % (4.1: in closed tasks)",
