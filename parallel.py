@@ -35,6 +35,7 @@ def joined(device: str, wanted: bool = True):
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
     yield
+    dist.barrier()  # gloo may abort in a process that leaves while another is still at work
     dist.destroy_process_group()
 
 
