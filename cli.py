@@ -152,6 +152,24 @@ def settle(cfg) -> None:
         tune_cpu()
 
 
+def finite(x: Tensor, name: str, rows) -> Tensor:
+    """x (N, ...), or UserError naming those of the N rows in which something is NaN or infinite."""
+    fine = x.detach().isfinite().reshape(len(x), -1).all(1).tolist()
+    if not all(fine):
+        bad = ", ".join(str(row) for row, good in zip(rows, fine) if not good)
+        raise UserError(f"not finite: {name} {bad}; the step is not taken")
+    return x
+
+
+def room(policy: GPT, cfg: Common) -> int:
+    """The longest prompt that leaves room for a response, in tokens; UserError if none does."""
+    context = policy.config.block_size
+    if cfg.max_new_tokens >= context:
+        sentence = f"should leave room for a prompt in the model's context of {context} tokens"
+        raise UserError(f"--max_new_tokens {cfg.max_new_tokens}: {sentence}")
+    return context - cfg.max_new_tokens
+
+
 def tune_cpu() -> None:
     """Have glibc keep freed tensors, which it hands back to the system, so that the next one costs
     its page faults anew; and on AMD's processors have oneDNN, not MKL, multiply float32, twice as
@@ -168,13 +186,18 @@ def tune_cpu() -> None:
 def constant_weights(model: GPT):
     """While it lasts the weights do not change: each is cast once, not at every step, and on a CPU
     laid out once as oneDNN's products read it, which otherwise takes as long as the product itself
-    where a row is one token. The same bits, where F.linear goes to oneDNN as well."""
+    where a row is one token. The same bits, where F.linear goes to oneDNN as well, but for GELU,
+    which a product applies to its sums before they are rounded."""
     torch.set_autocast_cache_enabled(True)
     try:
         if model.wte.weight.is_cpu and lays_out():
             model.unembed = product(model.wte.weight)
-            for layer in (module for module in model.modules() if isinstance(module, nn.Linear)):
-                layer.forward = product(layer.weight, layer.bias)
+            for name, layer in model.named_modules():
+                if isinstance(layer, nn.Linear):
+                    then = "gelu" if name.endswith("c_fc") else "none"
+                    layer.forward = product(layer.weight, layer.bias, then)
+                elif isinstance(layer, nn.GELU):
+                    layer.forward = lambda x: x  # the product before it has done it
         yield
     finally:
         for module in model.modules():
@@ -190,13 +213,13 @@ def lays_out() -> bool:
     return there and (not half or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def product(weight: Tensor, bias: Tensor | None = None):
-    """x -> F.linear(x, weight, bias), with a weight that is laid out already and in the type that
-    autocast would choose, by the operators that torch's own compiler puts in its place."""
+def product(weight: Tensor, bias: Tensor | None = None, then: str = "none"):
+    """x -> F.linear(x, weight, bias), and `then` tanh GELU, with a weight that is laid out already
+    and in the type that autocast would choose, by the operators of torch's own compiler."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
     weight, bias = (None if x is None else x.detach().to(dtype) for x in (weight, bias))
     weight = torch.ops.mkldnn._reorder_linear_weight(weight)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, bias, "none", [], "")
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, bias, then, [], "tanh")
 
 
 def memory_needed(trained: list, frozen: list, cfg) -> float:

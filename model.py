@@ -3,12 +3,14 @@
 The architecture is GPT-2's to the letter (Radford et al. 2019; InstructGPT's is larger): learned
 positions, LayerNorm with bias before each sublayer and at the end, tanh GELU, an unembedding tied
 to the token embedding. A row of tokens is prompt, response, padding: as no token sees what stands
-to its right, padding on the right is invisible, and no forward pass needs to know of it.
+to its right, padding on the right changes nothing, and where it is known costs nothing.
 
-In shapes: B rows, T columns, C width (n_embd), H heads (n_head), D = C / H, V vocabulary.
+In shapes: B rows, T columns, N tokens that are no padding, C width (n_embd), H heads (n_head),
+D = C / H, V vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,44 +64,99 @@ class KVCache:
         self.position = self.position[alive]
         self.layers = {layer: cached[:, alive] for layer, cached in self.layers.items()}
 
+class Rows(NamedTuple):
+    """Where tokens stand. Most of the work is on each token by itself and reads them side by side,
+    (N, C), so that padding costs nothing. Attention reads groups of rows of like length, padded to
+    their longest, P places together. An index that is None leaves everything where it is."""
+    groups: list[tuple]  # rows, columns and mask of each group
+    cells: Tensor | None = None  # (N,) the cell of (B, T) that each token comes from
+    fill: Tensor | None = None  # (P,) the token that each place holds; padding holds any
+    places: Tensor | None = None  # (N,) or (M,) the place of each token that goes on
+    kept: Tensor | None = None  # (M,) the tokens that go on after attention
+
+def take(x: Tensor, index: Tensor | None) -> Tensor:
+    """The rows of x that the index names."""
+    return x if index is None else x.index_select(0, index)
+
+def causal(position: Tensor, width: int) -> Tensor:
+    """-inf where a column is to the right of the position, else 0: (B, T) -> (B, 1, T, width)."""
+    unseen = torch.arange(width, device=position.device) > position[:, None, :, None]
+    return torch.zeros_like(unseen, dtype=torch.float).masked_fill(unseen, -torch.inf)
+
+def like_lengths(rows, lens: list[int]) -> list[list[int]]:
+    """Rows in groups of like length: halved while that saves 256 places, about what one costs."""
+    rows = sorted(rows, key=lambda i: lens[i])
+    half = len(rows) // 2
+    if half * (lens[rows[-1]] - lens[rows[half - 1]]) <= 256:
+        return [rows]
+    return like_lengths(rows[:half], lens) + like_lengths(rows[half:], lens)
+
+def ragged(wanted: Tensor) -> tuple[Rows, Rows]:
+    """For all blocks but the last, and for the last, after whose attention only those tokens go on
+    whose states are wanted, (B, T) bool; what stands to the right of them is padding."""
+    (B, T), device = wanted.shape, wanted.device
+    lens = (wanted * torch.arange(1, T + 1, device=device)).amax(1).clamp(min=1)
+    lengths, groups, cells = lens.tolist(), [], []
+    for part in [range(B)] if wanted.is_cuda else like_lengths(range(B), lengths):
+        row = torch.tensor(part, device=device)[:, None]
+        column = torch.arange(multiple(max(lengths[i] for i in part)), device=device)
+        groups.append((len(row), len(column), causal(column[None], len(column))))
+        cells.append(torch.where(column < lens[row], row * T + column, -1).flatten())
+    cells = torch.cat(cells)  # of each place, -1 for padding
+    places = (cells >= 0).nonzero().squeeze(1)
+    tokens = cells.new_zeros(B * T)  # the token in each cell
+    tokens[cells[places]] = torch.arange(len(places), device=device)
+    kept = rounded(tokens[wanted.flatten()])
+    places = rounded(places)
+    rows = Rows(groups, cells[places], (cells >= 0).cumsum(0) - 1, places)
+    return rows, rows._replace(places=places[kept], kept=kept)
+
+def rounded(index: Tensor) -> Tensor:
+    """Longer, to a multiple of 64, by copies that nobody reads: few different shapes."""
+    return F.pad(index, (0, multiple(len(index), 64) - len(index)))
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v: (B, H, T, D), twice (B, H, S, D), (1 or B, 1, T, S)."""
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype))
     B, H, T, D = q.shape  # the fused kernel for CPUs is 4 times slower at these widths in bfloat16
-    q, k, v, bias = (x.flatten(0, 1) for x in (q, k, v, mask.to(q.dtype).expand(B, H, T, -1)))
-    with torch.autocast(q.device.type, enabled=False):  # a softmax in q's type: no copies
-        scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=D**-0.5)
-        return (scores.softmax(-1) @ v).view(B, H, T, D)
+    bias = mask[0] if len(mask) == 1 else mask.expand(B, H, T, -1).flatten(0, 1)
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=D**-0.5)
+    return torch.bmm(scores.softmax(-1), v).view(B, H, T, D)
 
 class Attention(nn.Module):
-    """Causal self-attention, all heads at once."""
+    """Causal self-attention, all heads at once: (N, C) -> (N, C), or (M, C)."""
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.layer, self.n_head = layer, config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, mask: Tensor, cache: KVCache | None = None) -> Tensor:
-        B, T, C = x.shape
-        heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        if cache is not None:
-            k, v = cache.update(self.layer, heads[:, :, 1:])
-        return self.c_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, C))
+    def forward(self, x: Tensor, rows: Rows, cache: KVCache | None = None) -> Tensor:
+        heads, read = take(self.c_attn(x), rows.fill), []
+        sizes = [B * T for B, T, _ in rows.groups]
+        for own, (B, T, mask) in zip(heads.split(sizes), rows.groups):
+            own = own.view(B, T, 3, self.n_head, -1)
+            q, k, v = own.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+            if cache is not None:
+                k, v = cache.update(self.layer, own[:, :, 1:])
+            read.append(attend(q, k, v, mask).transpose(1, 2).reshape(B * T, -1))
+        return self.c_proj(take(torch.cat(read), rows.places))
 
 class MLP(nn.Module):
-    """Of each token by itself, four times as wide between: (B, T, C) -> (B, T, C)."""
+    """Of each token by itself, four times as wide between: (N, C) -> (N, C)."""
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.gelu = nn.GELU(approximate="tanh")
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return self.c_proj(self.gelu(self.c_fc(x)))
 
 class Block(nn.Module):
-    """Attention, then MLP, each added to what it read: (B, T, C) -> (B, T, C)."""
+    """Attention, then MLP, each added to what it read: (N, C) -> (N, C), or (M, C)."""
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
@@ -108,8 +165,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor, cache: KVCache | None = None) -> Tensor:
-        x = x + self.dropout(self.attn(self.ln_1(x), mask, cache))
+    def forward(self, x: Tensor, rows: Rows, cache: KVCache | None = None) -> Tensor:
+        x = take(x, rows.kept) + self.dropout(self.attn(self.ln_1(x), rows, cache))
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
 class GPT(nn.Module):
@@ -128,19 +185,22 @@ class GPT(nn.Module):
                 branch = (2 * config.n_layer) ** -0.5 if "c_proj" in name else 1
                 nn.init.normal_(weight, std=0.01 if name == "wpe.weight" else 0.02 * branch)
 
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """States after the final LayerNorm, (B, T) -> (B, T, C); only padding may be over-long."""
-        position = torch.arange(tokens.size(1), device=tokens.device).expand(1, -1)  # or (B, T)
-        if cache is not None:
-            position = cache.position[:, None] + position
-        x = self.wte(tokens) + self.wpe(position.clamp(max=self.config.block_size - 1))
-        width = tokens.size(1) if cache is None else cache.width
-        column = torch.arange(width, device=tokens.device)
-        unseen = column > position[:, None, :, None]  # what stands to the right
-        mask = torch.zeros_like(unseen, dtype=x.dtype).masked_fill(unseen, -torch.inf)
+    def hidden(self, tokens: Tensor, wanted: Tensor | None = None, cache=None) -> Tensor:
+        """States after the final LayerNorm, (B, T) -> (B, T, C); only padding may be over-long.
+
+        Where some are `wanted`, (B, T) bool: only they, (M, C), row by row, and perhaps a few more.
+        """
+        (B, T), width = tokens.shape, tokens.size(1) if cache is None else cache.width
+        past = tokens.new_zeros(1) if cache is None else cache.position  # read before, by row
+        position = past[:, None] + torch.arange(T, device=tokens.device)
+        whole = Rows([(B, T, causal(position, width))])
+        rows, last = (whole, whole) if wanted is None else ragged(wanted)
+        position = position.clamp(max=self.config.block_size - 1).expand(B, T)
+        ids, position = (take(x.flatten(), rows.cells) for x in (tokens, position))
+        x = self.wte(ids) + self.wpe(position)
         for block in self.h:
-            x = block(x, mask, cache)
-        return self.ln_f(x)
+            x = block(x, last if block is self.h[-1] else rows, cache)
+        return self.ln_f(x if wanted is not None else x.view(B, T, -1))
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """States (..., C) -> logits (..., V); apart, as few columns need their logits."""
@@ -165,9 +225,12 @@ class ScalarModel(nn.Module):
         # the lowest and the highest score that it gave in its training, once known
         self.register_buffer("score_range", torch.tensor([-torch.inf, torch.inf]))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        states = self.gpt.hidden(tokens).float()  # a sum, as autocast would round a matrix product
-        return (states * self.head.weight[0]).sum(-1) + self.head.bias
+    def forward(self, tokens: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """All numbers; or those that are wanted, (B, T) bool, and elsewhere 0."""
+        wanted = torch.ones_like(tokens) > 0 if wanted is None else wanted
+        states = self.gpt.hidden(tokens, wanted).float()
+        numbers = (states * self.head.weight[0]).sum(-1) + self.head.bias  # autocast would round @
+        return torch.zeros_like(wanted, dtype=torch.float).masked_scatter(wanted, numbers)
 
 def multiple(n: int, of: int = 8) -> int:
     """n rounded up: with few different shapes, few matrix products have to be compiled for."""
@@ -222,10 +285,10 @@ def stream(model: GPT, prompts: list[list[int]], max_new_tokens: int, eos: int, 
     cache = KVCache(len(rows), tokens.device)
 
     def step(token: Tensor) -> Tensor:
-        return model.hidden(token[:, None], cache)[:, 0]
+        return model.hidden(token[:, None], cache=cache)[:, 0]
 
     cache.width = tokens.size(1)
-    state = model.hidden(tokens, cache)[rows, lens - 1]
+    state = model.hidden(tokens, cache=cache)[rows, lens - 1]
     cache.position = lens.clone()
     for i in range(max_new_tokens):
         token = sample(model.unembed(state), temperature)

@@ -39,12 +39,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import Log, checkpoint, load, save
-from cli import Common, Training, constant_weights, memory_needed, run_one
+from cli import Common, Training, constant_weights, finite, memory_needed, room, run_one
 from data.formats import (
-    UserError, decode, encode, fingerprint, get_tokenizer, gold_function, own_turn, passages,
-    printable, read_comparisons, read_demonstrations, read_pretraining, read_rows, render, replacing
+    UserError, decode, describe, encode, fingerprint, get_tokenizer, gold_function, markdown,
+    own_turn, passages, printable, read_comparisons, read_demonstrations, read_pretraining,
+    read_rows, render, replacing
 )
-from model import GPT, PRESETS, GPTConfig, ScalarModel, generate, multiple, pad_right, stream
+from model import GPT, PRESETS, GPTConfig, ScalarModel, generate, pad_right, stream
 from parallel import all_sum, broadcast, gather, share, sum_gradients, unshare
 
 # ---- The equations: tensors and floats in, tensors out -------------------------------------------
@@ -166,41 +167,23 @@ def token_logprobs(policy: GPT, tokens: Tensor, mask: Tensor) -> Tensor:
     ratio before the first update is exactly 1. Only the columns asked for meet the unembedding,
     which with a large vocabulary is most of the memory.
     """
-    wanted = mask.flatten().nonzero().squeeze(1)
-    rounded = F.pad(wanted, (0, multiple(len(wanted), 128) - len(wanted)))
-    states = policy.hidden(tokens[:, :-1]).flatten(0, 1)[rounded]
-    actions = tokens[:, 1:].flatten()[rounded]
+    states, actions = policy.hidden(tokens[:, :-1], mask > 0), tokens[:, 1:][mask > 0]
+    actions = F.pad(actions, (0, len(states) - len(actions)))
     logprobs = -F.cross_entropy(policy.unembed(states).float(), actions, reduction="none")
     return torch.zeros_like(mask).masked_scatter(mask > 0, logprobs)
 
 def sequence_scores(reward_model: ScalarModel, tokens: Tensor, total_lens: Tensor) -> Tensor:
     """r(x, y), read at each row's last token, EOS: (B, T), (B,) -> (B,)."""
-    return reward_model(tokens)[torch.arange(len(tokens)), total_lens - 1]
-
-def finite(x: Tensor, name: str, rows) -> Tensor:
-    """x (N, ...), or UserError naming those of the N rows in which something is NaN or infinite."""
-    fine = x.detach().isfinite().reshape(len(x), -1).all(1).tolist()
-    if not all(fine):
-        bad = ", ".join(str(row) for row, good in zip(rows, fine) if not good)
-        raise UserError(f"not finite: {name} {bad}; the step is not taken")
-    return x
+    last = torch.arange(tokens.size(1), device=tokens.device) == total_lens[:, None] - 1
+    return reward_model(tokens, last).sum(1)
 
 def chunks(rows, size: int) -> list:
     """Consecutive parts of at most `size`."""
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
-def by_length(rows, lens: list[int], cfg: "Common") -> list[list[int]]:
-    """Numbers of rows, in microbatches of like length: on a CPU halved where that saves padding."""
-    rows = sorted(rows, key=lambda i: lens[i])
-    half = len(rows) // 2
-    saved = half * (lens[rows[-1]] - lens[rows[half - 1]]) if half and cfg.device == "cpu" else 0
-    if len(rows) <= cfg.microbatch_size and saved <= 256:  # tokens; a further pass costs as much
-        return chunks(rows, cfg.microbatch_size)
-    return by_length(rows[:half], lens, cfg) + by_length(rows[half:], lens, cfg)
-
 def microbatches(rows: list[tuple], numbers, cfg: "Common"):
     """Those rows (ids, prompt_len), padded: yields their numbers, tokens (B, T), mask (B, T-1)."""
-    for part in by_length(numbers, [len(ids) for ids, _ in rows], cfg):
+    for part in chunks(numbers, cfg.microbatch_size):
         tokens, total_lens = pad_right([rows[i][0] for i in part], cfg.device)
         prompt_lens = torch.tensor([rows[i][1] for i in part], device=cfg.device)
         yield part, tokens, action_mask(prompt_lens, total_lens, tokens.size(1))
@@ -222,10 +205,8 @@ def lm_pass(policy: GPT, rows: list[tuple], cfg: "Common", coef: float = 1.0) ->
 
 def score_rows(model: ScalarModel, rows: list[list[int]], cfg: "Common") -> Tensor:
     """The score of each list of ids: (N,)."""
-    parts = by_length(range(len(rows)), [len(ids) for ids in rows], cfg)
-    padded = [pad_right([rows[i] for i in part], cfg.device) for part in parts]
-    scores = torch.cat([sequence_scores(model, tokens, lens) for tokens, lens in padded])
-    return scores[np.argsort(sum(parts, []))]
+    parts = [pad_right(part, cfg.device) for part in chunks(rows, cfg.microbatch_size)]
+    return torch.cat([sequence_scores(model, tokens, lens) for tokens, lens in parts])
 
 @torch.no_grad()
 def complete(policy: GPT, prompts: list[list[int]], eos: int, max_new_tokens: int, temperature=1.0):
@@ -238,14 +219,6 @@ def complete(policy: GPT, prompts: list[list[int]], eos: int, max_new_tokens: in
     tokens, total_lens = pad_right(unshare(own), policy.wte.weight.device)
     prompt_lens = torch.tensor([len(prompt) for prompt in prompts], device=tokens.device)
     return tokens, action_mask(prompt_lens, total_lens, tokens.size(1)), total_lens
-
-def room(policy: GPT, cfg: "Common") -> int:
-    """The longest prompt that leaves room for a response, in tokens; UserError if none does."""
-    context = policy.config.block_size
-    if cfg.max_new_tokens >= context:
-        sentence = f"should leave room for a prompt in the model's context of {context} tokens"
-        raise UserError(f"--max_new_tokens {cfg.max_new_tokens}: {sentence}")
-    return context - cfg.max_new_tokens
 
 def responses(tokens: Tensor, mask: Tensor) -> list[list[int]]:
     """The ids of each row's response, EOS included."""
@@ -281,10 +254,6 @@ def ema_update(ema: torch.nn.Module, model: torch.nn.Module, decay: float) -> No
     for average, new in zip(ema.parameters(), model.parameters()):
         average.lerp_(new, 1 - decay)
 
-def describe(metrics: dict[str, float]) -> str:
-    """{name: value} in a line, for the terminal."""
-    return ", ".join(f"{key} {value:.3f}" for key, value in metrics.items())
-
 # ---- Settings: every field is a flag, its comment the help; defaults are the fable's -------------
 
 @dataclass
@@ -294,6 +263,7 @@ class Pretrain(Training):
     preset: str = "fable"  # shape of the model: fable, fable-10x, gpt2, gpt2-medium, -large or -xl
     steps: int = 1400  # optimizer steps
     batch_size: int = 96  # documents a step
+    microbatch_size: int = 96  # rows of a forward pass: bounds the memory, changes nothing else
     learning_rate: float = 2e-3  # peak, after a warmup of 5 % of the steps; cosine to 10 %
 
 @dataclass
@@ -525,11 +495,10 @@ class Rollout(NamedTuple):
     advantages: Tensor
     returns: Tensor
 
-def minibatches(order: Tensor, lens: Tensor, cfg: PPO) -> list[list[list[int]]]:
-    """This process's rows of each optimizer step, in microbatches of like length: less padding,
-    and no bias, as chance decides who shares a step."""
+def minibatches(order: Tensor, cfg: PPO) -> list[list[list[int]]]:
+    """This process's rows of each optimizer step, in microbatches."""
     steps = chunks(order.tolist(), cfg.minibatch_size)
-    return [by_length(share(rows), lens.tolist(), cfg) for rows in steps]
+    return [chunks(share(rows), cfg.microbatch_size) for rows in steps]
 
 @torch.no_grad()
 def rollout(models: Models, prompts: list, eos: int, cfg: PPO) -> tuple[Rollout, Tensor, dict]:
@@ -542,13 +511,11 @@ def rollout(models: Models, prompts: list, eos: int, cfg: PPO) -> tuple[Rollout,
     everyone = torch.arange(len(tokens), device=tokens.device)
     logprobs, ref_logprobs, values = torch.zeros(3, *mask.shape, device=tokens.device)
     scores = torch.zeros(len(tokens), device=tokens.device)
-    for rows in sum(minibatches(everyone, lens, cfg), []):  # the first update's: its ratio is 1
-        width = multiple(int(lens[rows].max())) - 1
-        part, part_mask = tokens[rows, : width + 1], mask[rows, :width]
-        logprobs[rows, :width] = token_logprobs(models.policy, part, part_mask)
-        ref_logprobs[rows, :width] = token_logprobs(models.ref, part, part_mask)
-        values[rows, :width] = models.value(part[:, :-1])
-        scores[rows] = sequence_scores(models.reward, part, lens[rows])
+    for rows in sum(minibatches(everyone, cfg), []):  # the first update's: its ratio is 1
+        logprobs[rows] = token_logprobs(models.policy, tokens[rows], mask[rows])
+        ref_logprobs[rows] = token_logprobs(models.ref, tokens[rows], mask[rows])
+        values[rows] = models.value(tokens[rows, :-1], mask[rows] > 0)
+        scores[rows] = sequence_scores(models.reward, tokens[rows], lens[rows])
     all_sum(logprobs, ref_logprobs, values, scores)  # each 0 in the rows of other processes
     finite(torch.stack([scores, values.sum(1), logprobs.sum(1), ref_logprobs.sum(1)], 1),
            "score, values or log-probabilities of rows", range(len(tokens)))
@@ -573,10 +540,9 @@ def ppo_backward(models: Models, batch: Rollout, microbatches: list[list[int]], 
     count = sum(gather(sum(batch.mask[rows].sum().item() for rows in microbatches)))
     parts = []
     for rows in microbatches:
-        width = multiple(int(batch.mask[rows].any(0).nonzero().max()) + 2) - 1  # the longest row's
-        tokens = batch.tokens[rows, : width + 1]
-        mask, old, old_values, advantages, returns = (x[rows, :width] for x in batch[1:])
-        new, values = token_logprobs(models.policy, tokens, mask), models.value(tokens[:, :-1])
+        tokens, mask, old, old_values, advantages, returns = (x[rows] for x in batch)
+        new = token_logprobs(models.policy, tokens, mask)
+        values = models.value(tokens[:, :-1], mask > 0)
         finite(new, "log-probabilities of rows", rows)
         finite(values, "values of rows", rows)
         loss, of_policy = policy_loss(new, old, advantages, mask, cfg.cliprange, count)
@@ -587,16 +553,16 @@ def ppo_backward(models: Models, batch: Rollout, microbatches: list[list[int]], 
     parts = sum(gather(parts), [])
     return {key: sum(part[key] for part in parts) for key in parts[0]}
 
-def ppo_update(models, optimizers, batch: Rollout, lens: Tensor, text, factor: float, rng, cfg):
+def ppo_update(models, optimizers, batch: Rollout, text, factor: float, rng, cfg: PPO) -> dict:
     """(7) (5) + ptx_coef (1), minimised over the policy, and (6) over the value network.
 
     One step a minibatch; the gradients of PPO and of ptx meet in the same buffers (C.4). `factor`
     is on both learning rates. Returns the means of the statistics over the steps, which end early
     where `max_kl` is exceeded.
     """
-    steps, orders = [], [torch.arange(len(lens))]  # the first is the rollout's: its ratio is 1
-    orders += [gather(torch.randperm(len(lens)))[0] for _ in range(cfg.epochs - 1)]
-    planned = sum((minibatches(order, lens, cfg) for order in orders), [])
+    steps, orders = [], [torch.arange(len(batch.tokens))]  # first the rollout's: its ratio is 1
+    orders += [gather(torch.randperm(len(batch.tokens)))[0] for _ in range(cfg.epochs - 1)]
+    planned = sum((minibatches(order, cfg) for order in orders), [])
     for microbatches in planned:
         stats = ppo_backward(models, batch, microbatches, cfg)
         if not steps and abs(stats["val/ratio"] - 1) > 1e-4:
@@ -636,7 +602,7 @@ def ppo(cfg: PPO) -> None:
     with Log(cfg, cfg.iterations, memory, rng, parts) as log:
         for iteration, rows in enumerate(batches[len(log.rows) :], len(log.rows)):
             prompt_ids = [row["prompt_ids"] for row in rows]
-            batch, lens, episodes = rollout(models, prompt_ids, tokenizer.eot_token, cfg)
+            batch, _, episodes = rollout(models, prompt_ids, tokenizer.eot_token, cfg)
             metrics = {key: x.mean().item() for key, x in episodes.items()}
             if iteration == 0 and (kl := metrics["objective/kl"]) != 0:
                 raise UserError(f"KL {kl} before the first update: it must be 0")
@@ -648,7 +614,7 @@ def ppo(cfg: PPO) -> None:
                 totals = [sum(gold(*pair).values()) for pair in zip(rows, completions)]
                 metrics["objective/gold"] = float(np.mean(totals))
             factor = min(1, 0.1 + 0.09 * iteration)  # C.4: a warmup over ten iterations
-            metrics |= ppo_update(models, optimizers, batch, lens, text, factor, rng, cfg)
+            metrics |= ppo_update(models, optimizers, batch, text, factor, rng, cfg)
             if iteration % 10 == 0 or iteration + 1 == cfg.iterations:
                 metrics["heldout/loss"] = heldout_loss(policy, tokenizer, cfg)
                 sampled = describe({key: x[0].item() for key, x in episodes.items()})
@@ -669,13 +635,12 @@ def dpo(cfg: DPO) -> None:
     fit(policy, batches, backward, cfg, rng, 0.1, frozen=[ref]).finish(policy)
 
 def implicit_scores(ref: GPT, policy: GPT, rows: list[tuple], cfg: DPO) -> Tensor:
-    """(8) of each row (ids, prompt_len), in microbatches of like length: (N,)."""
-    order, rewards = [], []
-    for part, tokens, mask in microbatches(rows, range(len(rows)), cfg):
+    """(8) of each row (ids, prompt_len), in microbatches: (N,)."""
+    rewards = []
+    for _, tokens, mask in microbatches(rows, range(len(rows)), cfg):
         logs = (token_logprobs(model, tokens, mask) for model in (policy, ref))
         rewards.append(implicit_rewards(*logs, mask, cfg.beta))
-        order += part
-    return torch.cat(rewards)[np.argsort(order)]
+    return torch.cat(rewards)
 
 # ---- Evaluation ----------------------------------------------------------------------------------
 
@@ -748,19 +713,12 @@ def evaluate(cfg: Evaluate) -> None:
     for title in results if gold and cfg.baseline in results else ():
         rate, margin = win_rate(golds[title], golds[cfg.baseline])
         results[title] = {"win rate": rate, "±": margin, **results[title]}
-    print(table := markdown(results))
+    texts = {title: {key: f"{x:.3f}" for key, x in row.items()} for title, row in results.items()}
+    print(table := markdown(texts, "model"))
     content = json.dumps({"table": results, "gold": golds}, default=np.ndarray.tolist)
     for suffix, text in ((".md", table), (".json", content)):
         with replacing(Path(cfg.out) / (cfg.name + suffix)) as file:
             file.write(f"{text}\n".encode())
-
-def markdown(results: dict[str, dict[str, float]]) -> str:
-    """{row: {column: value}} -> an aligned Markdown table."""
-    lines = [["model", *next(iter(results.values()))]]
-    lines += [[name, *(f"{x:.3f}" for x in result.values())] for name, result in results.items()]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
 
 # ---- Chat, and the command line ------------------------------------------------------------------
 

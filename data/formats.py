@@ -284,6 +284,20 @@ def printable(text: str) -> str:
     return "".join(shown)
 
 
+def describe(metrics: dict[str, float]) -> str:
+    """{name: value} in a line, for the terminal."""
+    return ", ".join(f"{key} {value:.3f}" for key, value in metrics.items())
+
+
+def markdown(rows: dict[str, dict[str, str]], corner: str = "") -> str:
+    """{row: {column: text}}, of the same columns each -> an aligned Markdown table."""
+    lines = [[corner, *next(iter(rows.values()))]]
+    lines += [[name, *row.values()] for name, row in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
+
+
 def gold_function(rows: list[dict], file: str) -> Callable | None:
     """gold(row, completion) -> {axis: score} of a file; None for rows without the field "wants"."""
     path, wanted = Path(__file__).parent.parent / file, sum("wants" in row for row in rows)

@@ -43,7 +43,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))  # `python tests/bench.py` is to find rlhf.py
 import cli  # noqa: E402
 import rlhf  # noqa: E402
-from data.formats import UserError  # noqa: E402
+from data.formats import UserError, markdown  # noqa: E402
 from model import GPT, PRESETS, GPTConfig, ScalarModel  # noqa: E402
 
 FLAGS = {"rollout_size": "prompts decoded, episodes of an iteration", "prompt_len": "tokens each",
@@ -171,7 +171,7 @@ def ppo_job(cfg: Namespace, config: GPTConfig):
     def job() -> dict[str, Sample]:
         with mock.patch.object(rlhf, "complete", watched):
             whole, (batch, lens, _) = timed(cfg, rlhf.rollout, *work)
-        rest = models, optimizers, batch, lens, None, 0.0, None, cfg
+        rest = models, optimizers, batch, None, 0.0, None, cfg
         update, rollout = timed(cfg, rlhf.ppo_update, *rest)[0], decoding.pop()
         seconds = {"rollout": rollout, "scoring": whole - rollout, "update": update}
         flops = ppo_flops(config, cfg.prompt_len, lens, cfg.epochs)
@@ -286,11 +286,8 @@ def table(rows: dict[str, dict]) -> str:
         return "" if x is None else f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
     columns = [key for key in COLUMNS if any(key in row for row in rows.values())]
-    lines = [["", *columns]]
-    lines += [[name, *(text(row.get(key)) for key in columns)] for name, row in rows.items()]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
+    return markdown({name: {key: text(row.get(key)) for key in columns}
+                     for name, row in rows.items()})
 
 
 def processor(cfg: Namespace) -> str:

@@ -81,7 +81,7 @@ def ppo_steps(models, cfg) -> tuple:
         patch.setattr(rlhf, "complete", lambda *_: responses())
         batch, lens, episodes = rlhf.rollout(models, PROMPTS, 0, cfg)
         patch.setattr(rlhf, "sum_gradients", record)
-        stats = rlhf.ppo_update(models, optimizers, batch, lens, text, 0.0, rng, cfg)
+        stats = rlhf.ppo_update(models, optimizers, batch, text, 0.0, rng, cfg)
     return batch, episodes, seen, stats
 
 

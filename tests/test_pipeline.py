@@ -63,8 +63,8 @@ def test_token_logprobs_are_those_of_the_softmax(policy):
 def test_eos_is_an_action_like_any_other(policy):
     """It is in the mask, has a log-probability and a gradient; the padding has the same id here."""
     tokens, lens = pad_right([[5, 6, 0], [5, 6, 7, 8, 0]])
-    mask = action_mask(tensor([2, 2]), lens, 5)
-    assert mask[0].tolist() == [0, 1, 0, 0]
+    mask = action_mask(tensor([2, 2]), lens, tokens.size(1))
+    assert mask[0].tolist() == [0, 1, 0, 0, 0, 0, 0]
     logprobs = token_logprobs(policy, tokens, mask)
     assert logprobs[0, 1].exp().item() == pytest.approx(policy(tokens)[0, 1].softmax(0)[0].item())
     rlhf.lm_loss(logprobs[:1], mask[:1]).backward()
@@ -183,7 +183,7 @@ def test_ratio_is_exactly_one_before_the_first_update(
     monkeypatch.setattr(rlhf, "policy_loss", compare)
     cfg.microbatch_size, cfg.minibatch_size = microbatch_size, 4
     batch, lens, _ = rlhf.rollout(models, prompts, 0, cfg)
-    stats = ppo_backward(models, batch, rlhf.minibatches(torch.arange(6), lens, cfg)[0], cfg)
+    stats = ppo_backward(models, batch, rlhf.minibatches(torch.arange(6), cfg)[0], cfg)
     assert same == [True] * math.ceil(4 / microbatch_size)
     assert stats["val/ratio"] == pytest.approx(1, abs=1e-6)
     assert stats["policy/approxkl"] == stats["policy/clipfrac"] == 0
@@ -199,7 +199,7 @@ def test_ratio_that_is_not_one_stops_the_run(models, episodes, text, cfg):
 def update_once(models, batch, lens, text, cfg, factor=1.0):
     optimizers = rlhf.adam(models.policy), rlhf.adam(models.value)
     rng = np.random.default_rng(7)
-    return rlhf.ppo_update(models, optimizers, batch, lens, text, factor, rng, cfg)
+    return rlhf.ppo_update(models, optimizers, batch, text, factor, rng, cfg)
 
 
 @pytest.fixture
@@ -217,7 +217,7 @@ def steps(monkeypatch) -> list:
 
 
 def ppo_gradients(models, batch, lens, cfg):
-    ppo_backward(models, batch, rlhf.minibatches(torch.arange(len(lens)), lens, cfg)[0], cfg)
+    ppo_backward(models, batch, rlhf.minibatches(torch.arange(len(lens)), cfg)[0], cfg)
     return gradients(models.policy), gradients(models.value)
 
 
@@ -270,7 +270,7 @@ def test_microbatches_change_nothing_in_ppo(models, episodes, cfg, microbatch_si
     results = []
     for size in (6, microbatch_size):
         cfg.microbatch_size = size
-        rows = rlhf.minibatches(torch.arange(6), lens, cfg)[0]
+        rows = rlhf.minibatches(torch.arange(6), cfg)[0]
         assert len(rows) == math.ceil(6 / size)
         stats = ppo_backward(models, drifted, rows, cfg)
         stats = tensor([*stats.values()])
@@ -353,17 +353,11 @@ def test_optimizer_steps_of_an_iteration(models, episodes, text, cfg, steps, epo
     assert [model for model, _, _ in steps] == [models.policy, models.value] * count
 
 
-def test_every_row_once_an_epoch(episodes, cfg, monkeypatch):
-    """In an order that is new in each epoch; microbatches are rows of like length."""
-    batch, lens, _ = episodes
+def test_every_row_once_an_epoch(cfg):
+    """In the order given, cut into steps and these into microbatches."""
     cfg.minibatch_size, cfg.microbatch_size = 4, 2
-    order = torch.randperm(6)
-    steps = rlhf.minibatches(order, lens, cfg)
-    assert [sorted(sum(step, [])) for step in steps] == [
-        sorted(order[:4].tolist()), sorted(order[4:].tolist())
-    ]
-    sizes = [lens[rows].tolist() for rows in steps[0]]
-    assert max(sizes[0]) <= min(sizes[1])
+    a, b, c, d, e, f = order = torch.randperm(6).tolist()
+    assert rlhf.minibatches(tensor(order), cfg) == [[[a, b], [c, d]], [[e, f]]]
 
 
 def test_epochs_take_every_row_in_a_new_order(models, episodes, cfg, monkeypatch):
@@ -888,8 +882,8 @@ def test_ppo_warms_up_over_ten_iterations_and_keeps_the_average(chain, monkeypat
     cfg = of(rlhf.PPO, name="warm", iterations=12, rollout_size=2, minibatch_size=2, ptx_coef=0.0)
     seen, ppo_update = [], rlhf.ppo_update
 
-    def record(models, optimizers, batch, lens, text, factor, rng, cfg):
-        metrics = ppo_update(models, optimizers, batch, lens, text, factor, rng, cfg)
+    def record(models, optimizers, batch, text, factor, rng, cfg):
+        metrics = ppo_update(models, optimizers, batch, text, factor, rng, cfg)
         rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
         seen.append((models, factor, *rates))
         return metrics
@@ -1069,8 +1063,8 @@ def test_few_shot_takes_as_many_examples_as_fit():
 
 
 def test_markdown():
-    rows = {"sft": {"KL": 1.0, "length": 2.5}, "ppo": {"KL": 12.3456, "length": 0.0}}
-    assert rlhf.markdown(rows) == "\n".join([
+    rows = {"sft": {"KL": "1.000", "length": "2.500"}, "ppo": {"KL": "12.346", "length": "0.000"}}
+    assert rlhf.markdown(rows, "model") == "\n".join([
         "| model | KL     | length |",
         "| ----- | ------ | ------ |",
         "| sft   | 1.000  | 2.500  |",

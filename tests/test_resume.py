@@ -274,10 +274,10 @@ def test_nan_stops_before_the_step(
 
 
 def test_rows_are_named_by_their_place_in_the_batch(policy, cfg, monkeypatch):
-    """The second shortest, wherever it stands."""
-    poisoned(monkeypatch, "token_logprobs", 1, with_nan)
+    """The second of the second microbatch."""
+    poisoned(monkeypatch, "token_logprobs", 2, with_nan)
     rows = [([1, 2, 3, 4, 5], 1), ([1, 2], 1), ([1, 2, 3, 4], 1), ([1, 2, 3], 1)]
-    cfg.microbatch_size = 4
+    cfg.microbatch_size = 2
     with pytest.raises(UserError, match="log-probabilities of rows 3; the step is not taken"):
         rlhf.lm_pass(policy, rows, cfg)
 
@@ -307,7 +307,7 @@ def test_no_gradient_is_left_where_updates_end(models, episodes, text, cfg):
     batch, lens, _ = episodes
     cfg.minibatch_size, cfg.max_kl, cfg.learning_rate = 2, 1e-9, 0.1
     optimizers = rlhf.adam(models.policy), rlhf.adam(models.value)
-    rlhf.ppo_update(models, optimizers, batch, lens, text, 1.0, np.random.default_rng(0), cfg)
+    rlhf.ppo_update(models, optimizers, batch, text, 1.0, np.random.default_rng(0), cfg)
     assert not any(p.grad is not None for model in models[:4] for p in model.parameters())
 
 

@@ -8,7 +8,8 @@ import pytest
 import rlhf
 import torch
 from conftest import gpt, lively, log, scalar, settings
-from model import GPT, PRESETS, GPTConfig, captured
+from model import GPT, PRESETS, GPTConfig, captured, like_lengths
+from torch import tensor
 
 
 # ---- decoding ----------------------------------------------------------------------------------
@@ -75,7 +76,7 @@ needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reas
 def test_weights_laid_out_once_give_the_same_products(half, tolerance, prompts, reordered):
     policy = gpt(vocab_size=64, n_embd=32)
     x, wide = torch.randn(3, 1, 32), torch.randn(3, 2, 128)
-    layers = [(policy.h[0].attn.c_attn, x), (policy.h[1].mlp.c_proj, wide)]
+    layers = [(policy.h[0].attn.c_attn, x), (policy.h[1].mlp.c_proj, wide), (policy.h[0].mlp, x)]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, half, cache_enabled=False):
         plain = [policy.unembed(x), *(layer(own) for layer, own in layers)]
         with cli.constant_weights(policy):
@@ -126,23 +127,70 @@ def test_a_weight_that_changed_is_read_again(half, prompts):
     assert torch.equal(after, fresh) and not torch.equal(after, before)
 
 
-# ---- microbatches --------------------------------------------------------------------------------
+# ---- padding -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("lens, size, device, parts", [
-    ([], 4, "cpu", []),
-    ([9], 4, "cpu", [[9]]),
-    ([9] * 10, 4, "cpu", [[9, 9], [9, 9, 9]] * 2),  # as many as fit into memory
-    ([10] * 4 + [74] * 4, 8, "cpu", [[10] * 4 + [74] * 4]),  # 256 tokens of padding: one pass
-    ([10] * 4 + [75] * 4, 8, "cpu", [[10] * 4, [75] * 4]),  # 260: two are cheaper
-    ([10] * 4 + [75] * 4, 8, "cuda", [[10] * 4 + [75] * 4]),
-    ([1, 600, 1200], 8, "cpu", [[1], [600], [1200]]),
+@pytest.mark.parametrize("lens, groups", [
+    ([9], [[9]]),
+    ([10] * 4 + [74] * 4, [[10] * 4 + [74] * 4]),  # 256 places of padding: one group
+    ([10] * 4 + [75] * 4, [[10] * 4, [75] * 4]),  # 260: two are cheaper
+    ([1, 600, 1200], [[1], [600], [1200]]),
 ])
-def test_rows_of_like_length_share_a_microbatch(lens, size, device, parts):
-    cfg = rlhf.PPO(microbatch_size=size, device=device)
+def test_rows_of_like_length_share_a_group(lens, groups):
     shuffled = Random(0).sample(lens, len(lens))
-    found = rlhf.by_length(range(len(lens)), shuffled, cfg)
-    assert [[shuffled[i] for i in part] for part in found] == parts
+    found = like_lengths(range(len(lens)), shuffled)
+    assert [[shuffled[i] for i in part] for part in found] == groups
     assert sorted(sum(found, [])) == [*range(len(lens))]
+
+
+LENGTHS = {"alike": [5, 5, 5], "short": [1, 3, 2], "a whole row": [80, 1],
+           "in two groups": [3, 80, 9, 79, 2, 1] * 4}
+
+
+@pytest.fixture(params=LENGTHS.values(), ids=LENGTHS)
+def wanted(request):
+    """Some states of each row, the last among them; of every fifth row none."""
+    lens = tensor(request.param)[:, None]
+    column = torch.arange(80)
+    some = (column < lens) & (torch.rand(len(lens), 80) < 0.5) | (column == lens - 1)
+    some[4::5] = False
+    return some
+
+
+def test_wanted_states_are_those_of_all(wanted):
+    """In the order of rows, whatever groups they are in, and perhaps a few more."""
+    policy, tokens = gpt(n_layer=3, block_size=80), torch.randint(11, wanted.shape)
+    found, states = policy.hidden(tokens, wanted), policy.hidden(tokens)[wanted]
+    assert len(found) % 64 == 0 and len(found) - len(states) < 64
+    torch.testing.assert_close(found[: len(states)], states, atol=1e-5, rtol=0)
+
+
+def test_gradients_of_wanted_states(wanted):
+    """Nothing is lost, nothing comes from padding, nothing from the few more."""
+    policy, tokens = gpt(n_layer=2, block_size=80), torch.randint(11, wanted.shape)
+    target = torch.randn(int(wanted.sum()), policy.config.n_embd)
+    found = []
+    for states in (policy.hidden(tokens, wanted)[: len(target)], policy.hidden(tokens)[wanted]):
+        (states * target).sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+        policy.zero_grad()
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_not_wanted_is_not_computed(wanted, monkeypatch):
+    """Products read tokens up to the last wanted one, rounded up to 64; the last MLP the wanted."""
+    policy, tokens, seen = gpt(n_layer=2, block_size=80), torch.randint(11, wanted.shape), []
+    for block in policy.h:
+        block.mlp.register_forward_hook(lambda _, x, y: seen.append(len(y)))
+    policy.hidden(tokens, wanted)
+    lens = (wanted * torch.arange(1, 81)).amax(1).clamp(min=1)
+    assert seen == [-(-int(n) // 64) * 64 for n in (lens.sum(), wanted.sum())]
+
+
+def test_a_scalar_model_is_zero_where_nothing_is_wanted(wanted):
+    model, tokens = scalar(block_size=80), torch.randint(11, wanted.shape)
+    expected = torch.where(wanted, model(tokens), 0)
+    torch.testing.assert_close(model(tokens, wanted), expected, atol=1e-5, rtol=0)
+    assert torch.equal(model(tokens, wanted) != 0, wanted)
 
 
 # ---- settings of the processor -------------------------------------------------------------------
