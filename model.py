@@ -5,8 +5,8 @@ positions, LayerNorm with bias before each sublayer and at the end, tanh GELU, a
 to the token embedding. A row of tokens is prompt, response, padding: as no token sees what stands
 to its right, padding on the right changes nothing, and where it is known costs nothing.
 
-In shapes: B rows, T columns, N tokens that are no padding, C width (n_embd), H heads (n_head),
-D = C / H, V vocabulary.
+In shapes: B rows, T columns, N tokens that are no padding, M of them wanted, C width (n_embd),
+H heads (n_head), D = C / H, V vocabulary.
 """
 
 from dataclasses import dataclass

@@ -28,18 +28,18 @@ small() { if [ -n "${SMOKE:-}" ]; then echo "$@"; fi; } # flags of the smoke run
 fable() {
     # A world, its customers and its labelers                                           0.1 minutes
     python3 data/prepare.py fable $all $(small --scale 0.05)
-    # GPT: next-token prediction                                                        3.9
+    # GPT: next-token prediction                                                        2.8
     python3 rlhf.py pretrain $train $(small --steps 60)
-    # Step 1: imitate the demonstrations                                                0.6
+    # Step 1: imitate the demonstrations                                                0.4
     python3 rlhf.py sft $train $(small --epochs 2) --name sft0
-    # Step 2: the labelers rank what it writes; learn to rank as they do                1.0 and 2.0
+    # Step 2: the labelers rank what it writes; learn to rank as they do                0.9 and 1.3
     python3 data/label.py $run --models sft0,sft0,sft0,sft0,gpt
     python3 rlhf.py rm $train --init sft0
-    # Step 1 again: the same training, keeping the epoch that the reward model likes    0.6
+    # Step 1 again: the same training, keeping the epoch that the reward model likes    0.3
     python3 rlhf.py sft $train $(small --epochs 2) --reward_model rm
     # Step 3: PPO starts from an SFT with a tenth of pretraining text mixed in          0.6
     python3 rlhf.py sft $train $(small --epochs 2) --name ppo_init --pretrain_fraction 0.1
-    #         without pretraining text, then with it                                    1.6 and 2.3
+    #         without pretraining text, then with it                                    1.4 and 1.8
     python3 rlhf.py ppo $train $(small --iterations 4) --name ppo --ptx_coef 0
     python3 rlhf.py ppo $train $(small --iterations 4)
     # Steps 2 and 3 again, if asked: what the newest policy writes is ranked as well, a reward model

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # `python data/label.py` 
 from data import answers, fable, people  # noqa: E402
 from data.formats import encode, gold_function, own_turn, printable, replacing  # noqa: E402
 from model import ScalarModel  # noqa: E402
-from cli import Common, add_flags, parse, run  # noqa: E402
+from cli import Common, add_flags, parse, room, run  # noqa: E402
 from rlhf import (  # noqa: E402
-    UserError, complete, decode, get_tokenizer, load, read_rows, responses, room, score_rows
+    UserError, complete, decode, get_tokenizer, load, read_rows, responses, score_rows
 )
 
 

@@ -76,7 +76,8 @@ def forward_flops(config: GPTConfig, lens: Tensor, logits: int) -> float:
     Two a multiply-add, matrix products alone: 24 L C^2 a token for the four products of a block,
     4 L C for every token that a token sees, 2 V C for its logits (Kaplan et al. 2020, arXiv
     2001.08361, table 1, less what the mask hides). For model FLOPs utilisation (PaLM, arXiv
-    2204.02311, appendix B) neither padding counts nor work done twice; a backward is two forwards.
+    2204.02311, appendix B) neither padding counts nor work done twice, but the whole of the last
+    block does, where we leave out what nobody reads; a backward is two forwards.
     """
     L, C = config.n_layer, config.n_embd
     lens = lens.double().cpu()
