@@ -67,7 +67,11 @@ class KVCache:
 class Rows(NamedTuple):
     """Where tokens stand. Most of the work is on each token by itself and reads them side by side,
     (N, C), so that padding costs nothing. Attention reads groups of rows of like length, padded to
-    their longest, P places together. An index that is None leaves everything where it is."""
+    their longest, P places together. An index that is None leaves everything where it is.
+
+    Of rows "cdef" and "ab.." the tokens are a b c d e f, the places of their group, were lengths
+    not rounded, ab..cdef: cells 4 5 0 1 2 3, fill 0 1 1 1 2 3 4 5, places 0 1 4 5 6 7.
+    """
     groups: list[tuple]  # rows, columns and mask of each group
     cells: Tensor | None = None  # (N,) the cell of (B, T) that each token comes from
     fill: Tensor | None = None  # (P,) the token that each place holds; padding holds any
@@ -106,14 +110,10 @@ def ragged(wanted: Tensor) -> tuple[Rows, Rows]:
     places = (cells >= 0).nonzero().squeeze(1)
     tokens = cells.new_zeros(B * T)  # the token in each cell
     tokens[cells[places]] = torch.arange(len(places), device=device)
-    kept = rounded(tokens[wanted.flatten()])
-    places = rounded(places)
+    kept, places = (  # longer by copies that nobody reads: few different shapes
+        F.pad(x, (0, multiple(len(x), 64) - len(x))) for x in (tokens[wanted.flatten()], places))
     rows = Rows(groups, cells[places], (cells >= 0).cumsum(0) - 1, places)
     return rows, rows._replace(places=places[kept], kept=kept)
-
-def rounded(index: Tensor) -> Tensor:
-    """Longer, to a multiple of 64, by copies that nobody reads: few different shapes."""
-    return F.pad(index, (0, multiple(len(index), 64) - len(index)))
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v: (B, H, T, D), twice (B, H, S, D), (1 or B, 1, T, S)."""

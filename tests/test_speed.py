@@ -4,11 +4,12 @@ from contextlib import contextmanager
 from random import Random
 
 import cli
+import model
 import pytest
 import rlhf
 import torch
 from conftest import gpt, lively, log, scalar, settings
-from model import GPT, PRESETS, GPTConfig, captured, like_lengths
+from model import GPT, PRESETS, GPTConfig, captured, like_lengths, ragged
 from torch import tensor
 
 
@@ -164,6 +165,17 @@ def test_wanted_states_are_those_of_all(wanted):
     torch.testing.assert_close(found[: len(states)], states, atol=1e-5, rtol=0)
 
 
+def test_where_tokens_stand(monkeypatch):
+    """The example of `Rows`, where each row's last state is wanted."""
+    monkeypatch.setattr(model, "multiple", lambda n, of=8: n)
+    rows, last = ragged(tensor([[0, 0, 0, 1], [0, 1, 0, 0]]) > 0)
+    assert [group[:2] for group in rows.groups] == [(2, 4)] and rows.kept is None
+    assert rows.cells.tolist() == [4, 5, 0, 1, 2, 3]
+    assert rows.fill.tolist() == [0, 1, 1, 1, 2, 3, 4, 5]
+    assert rows.places.tolist() == [0, 1, 4, 5, 6, 7]
+    assert last.kept.tolist() == [5, 1] and last.places.tolist() == [7, 1]  # f, then b: by rows
+
+
 def test_gradients_of_wanted_states(wanted):
     """Nothing is lost, nothing comes from padding, nothing from the few more."""
     policy, tokens = gpt(n_layer=2, block_size=80), torch.randint(11, wanted.shape)
@@ -187,10 +199,10 @@ def test_what_is_not_wanted_is_not_computed(wanted, monkeypatch):
 
 
 def test_a_scalar_model_is_zero_where_nothing_is_wanted(wanted):
-    model, tokens = scalar(block_size=80), torch.randint(11, wanted.shape)
-    expected = torch.where(wanted, model(tokens), 0)
-    torch.testing.assert_close(model(tokens, wanted), expected, atol=1e-5, rtol=0)
-    assert torch.equal(model(tokens, wanted) != 0, wanted)
+    reward, tokens = scalar(block_size=80), torch.randint(11, wanted.shape)
+    expected = torch.where(wanted, reward(tokens), 0)
+    torch.testing.assert_close(reward(tokens, wanted), expected, atol=1e-5, rtol=0)
+    assert torch.equal(reward(tokens, wanted) != 0, wanted)
 
 
 # ---- settings of the processor -------------------------------------------------------------------
