@@ -88,7 +88,7 @@ def causal(position: Tensor, width: int) -> Tensor:
     return torch.zeros_like(unseen, dtype=torch.float).masked_fill(unseen, -torch.inf)
 
 def like_lengths(rows, lens: list[int]) -> list[list[int]]:
-    """Rows in groups of like length: halved while that saves 256 places, about what one costs."""
+    """Rows in groups of like length: halved while that saves 256 places (64 to 1,024: as fast)."""
     rows = sorted(rows, key=lambda i: lens[i])
     half = len(rows) // 2
     if half * (lens[rows[-1]] - lens[rows[half - 1]]) <= 256:

@@ -501,8 +501,8 @@ def minibatches(order: Tensor, cfg: PPO) -> list[list[list[int]]]:
     return [chunks(share(rows), cfg.microbatch_size) for rows in steps]
 
 @torch.no_grad()
-def rollout(models: Models, prompts: list, eos: int, cfg: PPO) -> tuple[Rollout, Tensor, dict]:
-    """A response to each prompt, with its advantages; total_lens (B,); statistics, each (B,).
+def rollout(models: Models, prompts: list, eos: int, cfg: PPO) -> tuple[Rollout, dict]:
+    """A response to each prompt, with its advantages; and statistics, each (B,).
 
     KL and entropy are sums over a response, in nats, estimated from the sample: one episode's KL
     may be negative, their expectation not.
@@ -533,7 +533,7 @@ def rollout(models: Models, prompts: list, eos: int, cfg: PPO) -> tuple[Rollout,
         "eos_fraction": ended.float(), "response_length": mask.sum(1),
     }
     batch = Rollout(tokens, mask, logprobs, values, whiten(advantages, mask), returns)
-    return batch, lens, episodes
+    return batch, episodes
 
 def ppo_backward(models: Models, batch: Rollout, microbatches: list[list[int]], cfg: PPO) -> dict:
     """Accumulate the gradients of (5) in the policy, of (6) in the value network: statistics."""
@@ -602,7 +602,7 @@ def ppo(cfg: PPO) -> None:
     with Log(cfg, cfg.iterations, memory, rng, parts) as log:
         for iteration, rows in enumerate(batches[len(log.rows) :], len(log.rows)):
             prompt_ids = [row["prompt_ids"] for row in rows]
-            batch, _, episodes = rollout(models, prompt_ids, tokenizer.eot_token, cfg)
+            batch, episodes = rollout(models, prompt_ids, tokenizer.eot_token, cfg)
             metrics = {key: x.mean().item() for key, x in episodes.items()}
             if iteration == 0 and (kl := metrics["objective/kl"]) != 0:
                 raise UserError(f"KL {kl} before the first update: it must be 0")

@@ -171,7 +171,8 @@ def ppo_job(cfg: Namespace, config: GPTConfig):
 
     def job() -> dict[str, Sample]:
         with mock.patch.object(rlhf, "complete", watched):
-            whole, (batch, lens, _) = timed(cfg, rlhf.rollout, *work)
+            whole, (batch, _) = timed(cfg, rlhf.rollout, *work)
+        lens = cfg.prompt_len + batch.mask.sum(1)
         rest = models, optimizers, batch, None, 0.0, None, cfg
         update, rollout = timed(cfg, rlhf.ppo_update, *rest)[0], decoding.pop()
         seconds = {"rollout": rollout, "scoring": whole - rollout, "update": update}

@@ -82,7 +82,7 @@ def cfg(tmp_path) -> rlhf.PPO:
 
 @pytest.fixture
 def episodes(models, prompts, cfg):
-    """A rollout of six ragged responses: Rollout, total_lens, statistics."""
+    """A rollout of six ragged responses: Rollout, statistics."""
     return rlhf.rollout(models, prompts, 0, cfg)
 
 

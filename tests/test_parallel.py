@@ -79,7 +79,7 @@ def ppo_steps(models, cfg) -> tuple:
     optimizers = rlhf.adam(models.policy), rlhf.adam(models.value)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rlhf, "complete", lambda *_: responses())
-        batch, lens, episodes = rlhf.rollout(models, PROMPTS, 0, cfg)
+        batch, episodes = rlhf.rollout(models, PROMPTS, 0, cfg)
         patch.setattr(rlhf, "sum_gradients", record)
         stats = rlhf.ppo_update(models, optimizers, batch, text, 0.0, rng, cfg)
     return batch, episodes, seen, stats

@@ -82,17 +82,18 @@ def test_scores_and_responses(policy, reward_model, prompts, cfg):
 # ---- rollouts ----------------------------------------------------------------------------------
 
 def test_rollouts_are_constants(episodes):
-    batch, lens, statistics = episodes
-    assert not any(x.requires_grad for x in [*batch, lens, *statistics.values()])
+    batch, statistics = episodes
+    assert not any(x.requires_grad for x in [*batch, *statistics.values()])
 
 
 def test_rollout_is_made_of_its_definitions(models, prompts, cfg, episodes):
     """Row by row, alone: log-probs, values, rewards, and what is logged of them."""
-    batch, lens, statistics = episodes
-    assert len(set(lens.tolist())) > 1
+    batch, statistics = episodes
+    assert len(batch.mask.sum(1).unique()) > 1
     rewards, values = [], []
-    for i, (prompt, n) in enumerate(zip(prompts, lens.tolist())):
-        row, start = batch.tokens[i : i + 1, :n], len(prompt)
+    for i, prompt in enumerate(prompts):
+        start, n = len(prompt), len(prompt) + int(batch.mask[i].sum())
+        row = batch.tokens[i : i + 1, :n]
         logprobs, ref = (
             net(row)[0, :-1].log_softmax(-1).gather(1, row[0, 1:, None])[start - 1 :, 0].detach()
             for net in (models.policy, models.ref)
@@ -123,7 +124,7 @@ def test_rollout_is_made_of_its_definitions(models, prompts, cfg, episodes):
 def test_rollout_returns_are_gae_of_its_rewards(models, prompts, cfg):
     """With lam 1 and no discount a return is the reward still to come, of a reward (3)."""
     cfg.lam, cfg.kl_coef = 1.0, 0.0
-    batch, lens, statistics = rlhf.rollout(models, prompts, 0, cfg)
+    batch, statistics = rlhf.rollout(models, prompts, 0, cfg)
     expected = statistics["objective/scores"][:, None] * batch.mask
     torch.testing.assert_close(batch.returns, expected, atol=1e-4, rtol=0)
 
@@ -131,7 +132,7 @@ def test_rollout_returns_are_gae_of_its_rewards(models, prompts, cfg):
 def test_rollouts_are_sampled_from_what_is_scored(models, cfg):
     """No temperature, no truncation: first tokens come as often as their log-probs say."""
     cfg.max_new_tokens, cfg.microbatch_size, n = 1, 10_000, 10_000
-    batch, lens, _ = rlhf.rollout(models, [[3, 1]] * n, 0, cfg)
+    batch, _ = rlhf.rollout(models, [[3, 1]] * n, 0, cfg)
     tokens, logprobs = batch.tokens[:, 2], batch.logprobs[:, 1]
     for token in range(11):
         p = models.policy(tensor([[3, 1]]))[0, -1].softmax(0)[token].item()
@@ -142,15 +143,16 @@ def test_rollouts_are_sampled_from_what_is_scored(models, cfg):
 
 def test_kl_is_zero_at_first_and_positive_later(policy, models, prompts, cfg):
     at_first = models._replace(ref=copy.deepcopy(policy))
-    assert not rlhf.rollout(at_first, prompts, 0, cfg)[2]["objective/kl"].any()
+    assert not rlhf.rollout(at_first, prompts, 0, cfg)[1]["objective/kl"].any()
     cfg.microbatch_size = 100
-    _, _, statistics = rlhf.rollout(models, prompts * 50, 0, cfg)
+    _, statistics = rlhf.rollout(models, prompts * 50, 0, cfg)
     assert statistics["objective/kl"].mean() > 0.1
 
 
 def test_missing_eos_replaces_the_score(models, prompts, cfg):
     cfg.missing_eos_score, cfg.kl_coef = -7.0, 0.0
-    batch, lens, statistics = rlhf.rollout(models, prompts * 20, 0, cfg)
+    batch, statistics = rlhf.rollout(models, prompts * 20, 0, cfg)
+    lens = tensor([len(prompt) for prompt in prompts * 20]) + batch.mask.sum(1).long()
     ended = batch.tokens[torch.arange(len(lens)), lens - 1] == 0
     assert 0 < ended.sum() < len(ended)
     assert (statistics["objective/scores"][~ended] == -7).all()
@@ -162,7 +164,7 @@ def test_missing_eos_replaces_the_score(models, prompts, cfg):
 def test_entropy_of_a_uniform_policy(models, prompts, cfg):
     """log V a token, summed over the response."""
     torch.nn.init.zeros_(models.policy.wte.weight)
-    _, _, statistics = rlhf.rollout(models, prompts, 0, cfg)
+    _, statistics = rlhf.rollout(models, prompts, 0, cfg)
     expected = statistics["response_length"] * math.log(11)
     torch.testing.assert_close(statistics["objective/entropy"], expected)
 
@@ -182,7 +184,7 @@ def test_ratio_is_exactly_one_before_the_first_update(
 
     monkeypatch.setattr(rlhf, "policy_loss", compare)
     cfg.microbatch_size, cfg.minibatch_size = microbatch_size, 4
-    batch, lens, _ = rlhf.rollout(models, prompts, 0, cfg)
+    batch, _ = rlhf.rollout(models, prompts, 0, cfg)
     stats = ppo_backward(models, batch, rlhf.minibatches(torch.arange(6), cfg)[0], cfg)
     assert same == [True] * math.ceil(4 / microbatch_size)
     assert stats["val/ratio"] == pytest.approx(1, abs=1e-6)
@@ -190,13 +192,13 @@ def test_ratio_is_exactly_one_before_the_first_update(
 
 
 def test_ratio_that_is_not_one_stops_the_run(models, episodes, text, cfg):
-    batch, lens, _ = episodes
+    batch, _ = episodes
     wrong = batch._replace(logprobs=batch.logprobs - 0.01 * batch.mask)
     with pytest.raises(UserError, match="ratio 1.01.* before the first update"):
-        update_once(models, wrong, lens, text, cfg)
+        update_once(models, wrong, text, cfg)
 
 
-def update_once(models, batch, lens, text, cfg, factor=1.0):
+def update_once(models, batch, text, cfg, factor=1.0):
     optimizers = rlhf.adam(models.policy), rlhf.adam(models.value)
     rng = np.random.default_rng(7)
     return rlhf.ppo_update(models, optimizers, batch, text, factor, rng, cfg)
@@ -216,23 +218,23 @@ def steps(monkeypatch) -> list:
     return calls
 
 
-def ppo_gradients(models, batch, lens, cfg):
-    ppo_backward(models, batch, rlhf.minibatches(torch.arange(len(lens)), cfg)[0], cfg)
+def ppo_gradients(models, batch, cfg):
+    ppo_backward(models, batch, rlhf.minibatches(torch.arange(len(batch.tokens)), cfg)[0], cfg)
     return gradients(models.policy), gradients(models.value)
 
 
 def test_ppo_ptx_gradient_is_the_sum_of_the_two(models, episodes, text, cfg, steps):
     """(7) grad (5) + ptx_coef grad (1), in one step; the value network's is that of (6) alone."""
-    batch, lens, _ = episodes
+    batch, _ = episodes
     cfg.ptx_coef, cfg.ptx_ratio = 3.0, 2.0
-    ppo, value = ppo_gradients(models, batch, lens, cfg)
+    ppo, value = ppo_gradients(models, batch, cfg)
     rows = rlhf.passages(text, 12, cfg.window, np.random.default_rng(7))
     rows = [tensor(ids.astype(np.int64)) for ids, _ in rows]
     logprobs = [models.policy(ids[None])[0, :-1].log_softmax(-1) for ids in rows]
     taken = [x.gather(1, ids[1:, None]) for x, ids in zip(logprobs, rows)]
     (-torch.cat(taken).mean()).backward()  # of all tokens but the first of each document
     ptx = gradients(models.policy)
-    update_once(models, batch, lens, text, cfg)
+    update_once(models, batch, text, cfg)
     (policy_model, both, _), (value_model, own, _) = steps
     assert policy_model is models.policy and value_model is models.value
     flat_close(both, ppo + 3.0 * ptx, 1e-5)
@@ -242,10 +244,10 @@ def test_ppo_ptx_gradient_is_the_sum_of_the_two(models, episodes, text, cfg, ste
 
 def test_without_ptx_the_text_is_not_touched(models, episodes, cfg, steps):
     """(7) ptx_coef 0 is plain PPO, to the bit."""
-    batch, lens, _ = episodes
+    batch, _ = episodes
     cfg.ptx_coef = 0.0
-    ppo, _ = ppo_gradients(models, batch, lens, cfg)
-    stats = update_once(models, batch, lens, None, cfg)
+    ppo, _ = ppo_gradients(models, batch, cfg)
+    stats = update_once(models, batch, None, cfg)
     assert torch.equal(steps[0][1], ppo) and "loss/ptx" not in stats
 
 
@@ -254,8 +256,8 @@ def test_ptx_text_moves_on(models, episodes, text, cfg, monkeypatch):
     seen, passages = [], rlhf.passages
     monkeypatch.setattr(rlhf, "passages", lambda *a: seen.append(passages(*a)) or seen[-1])
     cfg.minibatch_size, cfg.ptx_ratio, cfg.epochs = 2, 4.0, 2
-    batch, lens, _ = episodes
-    update_once(models, batch, lens, text, cfg)
+    batch, _ = episodes
+    update_once(models, batch, text, cfg)
     assert [len(rows) for rows in seen] == [8] * 6
     assert len({str(rows) for rows in seen}) == 6
 
@@ -263,7 +265,7 @@ def test_ptx_text_moves_on(models, episodes, text, cfg, monkeypatch):
 @pytest.mark.parametrize("microbatch_size", [1, 4, 5])
 def test_microbatches_change_nothing_in_ppo(models, episodes, cfg, microbatch_size):
     """(5), (6) gradients and statistics of ragged rows; memory alone differs."""
-    batch, lens, _ = episodes
+    batch, _ = episodes
     drift, move = torch.randn(2, *batch.mask.shape)
     drifted = batch._replace(logprobs=batch.logprobs + 0.3 * batch.mask * drift,
                              values=batch.values + 0.5 * move)
@@ -348,8 +350,8 @@ def test_microbatches_change_nothing_in_dpo(models, prompts, tmp_path, microbatc
 def test_optimizer_steps_of_an_iteration(models, episodes, text, cfg, steps, epochs, size, count):
     """epochs x minibatches, each of both networks."""
     cfg.epochs, cfg.minibatch_size = epochs, size
-    batch, lens, _ = episodes
-    update_once(models, batch, lens, text, cfg)
+    batch, _ = episodes
+    update_once(models, batch, text, cfg)
     assert [model for model, _, _ in steps] == [models.policy, models.value] * count
 
 
@@ -369,7 +371,7 @@ def test_epochs_take_every_row_in_a_new_order(models, episodes, cfg, monkeypatch
 
     monkeypatch.setattr(rlhf, "ppo_backward", record)
     cfg.epochs, cfg.minibatch_size, cfg.ptx_coef = 4, 2, 0.0
-    update_once(models, *episodes[:2], None, cfg)
+    update_once(models, episodes[0], None, cfg)
     epochs = [seen[i : i + 3] for i in range(0, 12, 3)]
     assert all(sorted(sum(epoch, [])) == list(range(6)) for epoch in epochs)
     assert len({str(sorted(map(sorted, epoch))) for epoch in epochs}) > 1
@@ -378,7 +380,7 @@ def test_epochs_take_every_row_in_a_new_order(models, episodes, cfg, monkeypatch
 def test_who_is_trained_and_who_is_not(models, episodes, text, cfg):
     """Reference and reward model stay, bit by bit; policy, value network and average move."""
     before = [weights(model) for model in models]
-    update_once(models, *episodes[:2], text, cfg)
+    update_once(models, episodes[0], text, cfg)
     after = [weights(model) for model in models]
     same = {name: torch.equal(a, b) for name, a, b in zip(models._fields, before, after)}
     assert same == {"policy": False, "ref": True, "reward": True, "value": False, "ema": False}
@@ -389,7 +391,7 @@ def test_who_is_trained_and_who_is_not(models, episodes, text, cfg):
 def test_ppo_update_keeps_the_average(models, episodes, text, cfg):
     cfg.ema_decay = 0.75
     before = weights(models.ema)
-    update_once(models, *episodes[:2], text, cfg)
+    update_once(models, episodes[0], text, cfg)
     torch.testing.assert_close(weights(models.ema), 0.75 * before + 0.25 * weights(models.policy))
 
 
@@ -397,15 +399,15 @@ def test_clip_takes_effect_once_the_policy_has_moved(models, episodes, text, cfg
     """With several steps a rollout, ratios leave 1 and the clip works; approxkl is positive."""
     cfg.minibatch_size, cfg.epochs, cfg.ptx_coef, cfg.learning_rate = 2, 4, 0.0, 0.02
     cfg.max_kl = 1e9
-    stats = update_once(models, *episodes[:2], None, cfg)
+    stats = update_once(models, episodes[0], None, cfg)
     assert stats["policy/clipfrac"] > 0 and stats["policy/approxkl"] > 0 and stats["val/ratio"] != 1
 
 
 def test_update_improves_what_it_is_to_improve(models, episodes, cfg):
     """(5), (6) a small step raises the probability of good tokens and lowers the values' error."""
-    batch, lens, _ = episodes
+    batch, _ = episodes
     cfg.ptx_coef, cfg.learning_rate, cfg.value_learning_rate = 0.0, 1e-3, 1e-3
-    update_once(models, batch, lens, None, cfg)
+    update_once(models, batch, None, cfg)
     new = token_logprobs(models.policy, batch.tokens, batch.mask)
     assert (batch.advantages * (new - batch.logprobs)).sum() > 0
     error = [((v - batch.returns)[batch.mask > 0] ** 2).mean() for v in
@@ -415,9 +417,9 @@ def test_update_improves_what_it_is_to_improve(models, episodes, cfg):
 
 def test_explained_variance(models, episodes, cfg):
     """1 - mean (V - R)^2 / var R, over response tokens, of the values before the step."""
-    batch, lens, _ = episodes
+    batch, _ = episodes
     cfg.ptx_coef = 0.0
-    stats = update_once(models, batch, lens, None, cfg)
+    stats = update_once(models, batch, None, cfg)
     own = batch.mask > 0
     r, v = batch.returns[own], batch.values[own]
     expected = 1 - ((v - r) ** 2).mean() / r.var(correction=0)
