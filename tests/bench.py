@@ -197,18 +197,24 @@ def product_job(cfg: Namespace, config: GPTConfig):
     return job
 
 
+def peer_config(config: GPTConfig):
+    """The same shape for `transformers`; no token ends a response, 0 is for padding."""
+    from transformers import GPT2Config
+    shape = {key: value for key, value in vars(config).items() if key.startswith(("n_", "vocab"))}
+    off = dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=None, eos_token_id=None)
+    return GPT2Config(n_positions=config.block_size, pad_token_id=0, num_labels=1, **shape, **off)
+
+
 def peer_job(cfg: Namespace, config: GPTConfig):
     """`transformers` as it comes, on the same shape; None where it is not installed or not asked.
     It decodes with weights of --dtype, trains under the same autocast with the same optimizer."""
     try:
-        from transformers import GPT2Config, GPT2LMHeadModel
+        from transformers import GPT2LMHeadModel
     except ImportError:
         return None
     if cfg.job == "ppo" or cfg.ending:
         return None
-    shape = {key: value for key, value in vars(config).items() if key.startswith(("n_", "vocab"))}
-    off = dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=None, eos_token_id=None)
-    model = GPT2LMHeadModel(GPT2Config(n_positions=config.block_size, **shape, **off))
+    model = GPT2LMHeadModel(peer_config(config))
     model = model.to(cfg.device, torch.float32 if cfg.job == "sft" else getattr(torch, cfg.dtype))
     optimizer, decoding = rlhf.adam(model.eval()), cfg.job == "decode"
     size = (cfg.rollout_size, cfg.prompt_len) if decoding else (cfg.batch_size, cfg.row_len)
@@ -217,8 +223,8 @@ def peer_job(cfg: Namespace, config: GPTConfig):
 
     def decode() -> None:
         with torch.autocast(cfg.device, enabled=False):
-            tokens = model.generate(rows, attention_mask=seen, max_new_tokens=n, do_sample=True,
-                                    top_k=0, pad_token_id=EOS)
+            tokens = model.generate(rows, attention_mask=seen, do_sample=True, top_k=0,
+                                    max_new_tokens=n)
         assert tokens.size(1) == cfg.prompt_len + n
 
     def step() -> None:
@@ -330,6 +336,11 @@ def bench(cfg: Namespace) -> None:
     print(table(rows), json.dumps(facts | {"rows": rows}), sep="\n\n")
 
 
+def settings(flags: dict) -> dict:
+    """Those and, for what they leave open, of the shape's work and of PPO without ptx."""
+    return vars(rlhf.PPO(ptx_coef=0.0, out=".")) | {"repeats": 5} | WORK[flags["shape"]] | flags
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("job", nargs="?", default="all", choices=[*JOBS, "all"])
@@ -340,9 +351,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ending", action="store_true", help="responses half as long on average")
     for name, text in FLAGS.items():
         parser.add_argument(f"--{name}", type=int, help=text, default=SUPPRESS)
-    flags = vars(parser.parse_args(argv))
-    settings = vars(rlhf.PPO(ptx_coef=0.0, out=".")) | {"repeats": 5} | WORK[flags["shape"]] | flags
-    cli.run(bench, Namespace, settings)
+    cli.run(bench, Namespace, settings(vars(parser.parse_args(argv))))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 import json
 import math
 import sys
+from argparse import Namespace
 
 import bench
+import peers
 import pytest
 import rlhf
 import torch
@@ -168,3 +170,37 @@ def test_share_is_of_the_best_product_of_that_precision():
         rows = bench.report(dict(samples), 1.5, dtype)
         assert list(rows) == ["train"] and rows["train"]["share"] == share
         assert rows["train"]["transformers"] == 4 and rows["train"]["times"] == 2
+
+
+# ---- peers.py ------------------------------------------------------------------------------------
+
+def test_ours_beside_a_peer_is_what_bench_times(tmp_path):
+    """As many repeats as asked for, warm-up left out, without the peer's libraries."""
+    flags = dict(flag.split() for flag in TINY.split("--")[1:])
+    flags = {key: int(x) if x.isdigit() else x for key, x in flags.items()}
+    for job in peers.PEERS:
+        own = {"job": job, "shape": "A", "ending": False, "repeats": 2, "out": str(tmp_path)}
+        taken = peers.seconds(flags | own, "float32")
+        assert len(taken) == 2 and min(taken) > 0
+
+
+def test_peers_take_turns_each_in_a_process_of_its_own(monkeypatch, capsys):
+    turns, own = [], {None: [8.0, 12.0], "bfloat16": [2.0], "float32": [5.0, 3.0]}
+
+    class Pool:
+        def __init__(self, processes, maxtasksperchild):
+            assert processes == maxtasksperchild == 1
+
+        def apply(self, work, arguments):
+            flags, dtype = arguments
+            assert work is peers.seconds and flags["shape"] == "gpt2" and flags["ending"]
+            turns.append(dtype)
+            return own[dtype]
+
+        __enter__, __exit__ = lambda self: self, lambda *_: None
+
+    monkeypatch.setattr(peers, "get_context", lambda _: Namespace(Pool=Pool))
+    peers.main("ppo --shape gpt2 --ending --turns 2".split())
+    assert turns == [None, "bfloat16", "float32"] * 2
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[-2] for row in rows] == ["1.00", "5.00", "2.50"]
