@@ -304,7 +304,7 @@ def test_updates_end_where_the_policy_has_gone_too_far(start, tmp_path, capsys):
 
 
 def test_no_gradient_is_left_where_updates_end(models, episodes, text, cfg):
-    batch, lens, _ = episodes
+    batch, _ = episodes
     cfg.minibatch_size, cfg.max_kl, cfg.learning_rate = 2, 1e-9, 0.1
     optimizers = rlhf.adam(models.policy), rlhf.adam(models.value)
     rlhf.ppo_update(models, optimizers, batch, text, 1.0, np.random.default_rng(0), cfg)
