@@ -7,13 +7,15 @@
 In each turn the peer runs in float32, then ours in bfloat16 and in float32, each in a process of
 its own after a warm-up, as settings of ours (README) would change the peer: medians, fastest,
 slowest, and the peer's seconds divided by ours. All responses have full length; with --ending ours
-are half as long on average, the peer's, which TRL pads, are not.
+are half as long on average, the peer's, which TRL pads, are not. TRL's gradient checkpointing,
+which saves memory and takes time, is off.
 """
 
 import os
 import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -110,6 +112,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--turns", type=int, default=3, help="of peer, bfloat16, float32 [3]")
     parser.add_argument("--repeats", type=int, default=3, help="in a turn, of each [3]")
     flags = vars(parser.parse_args(argv)) | {"device": "cpu"}
+    if min(flags["turns"], flags["repeats"]) < 1:
+        parser.error("--turns and --repeats should be at least 1")
+    if missing := [name for name in ("transformers", "trl") if not find_spec(name)]:
+        parser.error(f"{missing[0]} is not installed: pip install transformers==5.23.0 trl==1.12.0")
     names = {"peer, float32": None, "ours, bfloat16": "bfloat16", "ours, float32": "float32"}
     taken = {name: [] for name in names}
     with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a new process each time

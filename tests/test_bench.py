@@ -200,7 +200,17 @@ def test_peers_take_turns_each_in_a_process_of_its_own(monkeypatch, capsys):
         __enter__, __exit__ = lambda self: self, lambda *_: None
 
     monkeypatch.setattr(peers, "get_context", lambda _: Namespace(Pool=Pool))
+    monkeypatch.setattr(peers, "find_spec", bool)
     peers.main("ppo --shape gpt2 --ending --turns 2".split())
     assert turns == [None, "bfloat16", "float32"] * 2
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[-2] for row in rows] == ["1.00", "5.00", "2.50"]
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    ("--turns 0", "should be at least 1"), ("", "trl is not installed: pip install")])
+def test_peers_that_cannot_run_get_a_sentence(monkeypatch, capsys, flags, sentence):
+    monkeypatch.setattr(peers, "find_spec", lambda name: name != "trl")
+    with pytest.raises(SystemExit):
+        peers.main(f"ppo {flags}".split())
+    assert sentence in capsys.readouterr().err
