@@ -193,14 +193,14 @@ class GPT(nn.Module):
         (B, T), width = tokens.shape, tokens.size(1) if cache is None else cache.width
         past = tokens.new_zeros(1) if cache is None else cache.position  # read before, by row
         position = past[:, None] + torch.arange(T, device=tokens.device)
-        whole = Rows([(B, T, causal(position, width))])
-        rows, last = (whole, whole) if wanted is None else ragged(wanted)
+        whole = wanted is None
+        rows, last = [Rows([(B, T, causal(position, width))])] * 2 if whole else ragged(wanted)
         position = position.clamp(max=self.config.block_size - 1).expand(B, T)
         ids, position = (take(x.flatten(), rows.cells) for x in (tokens, position))
         x = self.wte(ids) + self.wpe(position)
         for block in self.h:
             x = block(x, last if block is self.h[-1] else rows, cache)
-        return self.ln_f(x if wanted is not None else x.view(B, T, -1))
+        return self.ln_f(x.view(B, T, -1) if whole else x)
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """States (..., C) -> logits (..., V); apart, as few columns need their logits."""
@@ -254,7 +254,7 @@ def sample(logits: Tensor, temperature: float = 1.0) -> Tensor:
         return logits.argmax(-1)
     cdf = F.softmax(logits.float() / temperature, dim=-1).cumsum(-1)
     uniform = torch.rand(len(cdf), 1, device=cdf.device) * cdf[:, -1:]
-    return (cdf <= uniform).sum(-1).clamp(max=logits.size(-1) - 1)
+    return torch.searchsorted(cdf, uniform, right=True)[:, 0].clamp(max=logits.size(-1) - 1)
 
 def captured(step, token: Tensor):
     """`step` as a CUDA graph: its hundreds of kernels, recorded once, cost one launch a replay."""
