@@ -1,6 +1,5 @@
-"""What makes it fast changes nothing: graphs, kept casts, settings of the processor, memory."""
+"""What makes it fast changes nothing: kept casts, settings of the processor, memory."""
 
-from contextlib import contextmanager
 from random import Random
 
 import cli
@@ -9,56 +8,11 @@ import pytest
 import rlhf
 import torch
 from conftest import gpt, lively, log, scalar, settings
-from model import GPT, PRESETS, GPTConfig, captured, like_lengths, ragged
+from model import GPT, PRESETS, GPTConfig, like_lengths, ragged
 from torch import tensor
 
 
 # ---- decoding ----------------------------------------------------------------------------------
-
-class Graph:
-    """A CUDA graph as the CPU can have it: what was recorded runs again, on the same tensors."""
-    def replay(self):
-        self.output.copy_(self.step(self.input))
-
-
-def graphs_on_the_cpu(monkeypatch, step) -> list:
-    """Everything that `captured` needs of CUDA; returns the log of calls of `step`."""
-    calls = []
-
-    @contextmanager
-    def nothing(*args):
-        yield
-
-    @contextmanager
-    def record(graph):
-        calls.append("record")
-        yield
-        graph.step, graph.input, graph.output = step, *calls.pop()
-
-    class Stream:
-        def wait_stream(self, other):
-            calls.append("wait")
-
-    for name, fake in {"CUDAGraph": Graph, "Stream": Stream, "current_stream": Stream,
-                       "stream": nothing, "graph": record}.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    return calls
-
-
-def test_captured_step_reads_its_argument_and_is_warmed_up_first(monkeypatch):
-    """Captured after a run for real on another stream, between two waits; each replay takes the
-    token it is given."""
-    def step(token):
-        output = 2.0 * token
-        calls.append((token, output))
-        return output
-
-    calls = graphs_on_the_cpu(monkeypatch, lambda token: 2.0 * token)
-    replay = captured(step, torch.tensor([1.0, 2.0]))
-    assert calls[0] == "wait" and calls[2] == "wait" and calls[3] == "record"
-    assert replay(torch.tensor([3.0, 4.0])).tolist() == [6, 8]
-    assert replay(torch.tensor([5.0, 0.0])).tolist() == [10, 0]
-
 
 @pytest.fixture
 def reordered(monkeypatch) -> list:
