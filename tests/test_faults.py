@@ -102,11 +102,13 @@ def test_blank_lines_are_no_answers_and_no_mistakes(tmp_path):
     assert [row["prompt"] for _, row in answers.read_lines(path, "prompt")] == ["A", "B"]
 
 
-def test_gold_judges_all_prompts_or_none():
+def test_gold_judges_all_prompts_or_none(tmp_path):
     with pytest.raises(UserError, match="wants should be in every row or in none, not in 1 of 2"):
         formats.gold_function([{"prompt": "A", "wants": {}}, {"prompt": "B"}], "data/fable.py")
-    with pytest.raises(UserError, match="none.py, which is to have gold.*, is not there"):
-        formats.gold_function([{"prompt": "A", "wants": {}}], "none.py")
+    (tmp_path / "other.py").write_text("gold = None\n")
+    for file in ("none.py", str(tmp_path / "other.py")):
+        with pytest.raises(UserError, match=f"{file} should be a file that has gold"):
+            formats.gold_function([{"prompt": "A", "wants": {}}], file)
 
 
 def check_rows(path: Path, required: tuple, tokenizer, capsys) -> tuple[int, int, int]:
