@@ -2,15 +2,15 @@
 
     pretrain -> sft (step 1) -> rm (step 2) -> ppo (step 3), or dpo -> evaluate, chat
 
-Symbols, the paper's and ours (it uses r and gamma for two things each):
+Symbols, the paper's and ours (the paper uses r and gamma for two things each):
 
     pi^RL, pi^SFT   policy, ref       eq. 2     gamma      ptx_coef      eq. 2
     r_theta(x, y)   scores (B,)       eq. 1     discount   gamma = 1     C.4
     beta            kl_coef           eq. 2     lambda     lam           not stated
     pi / pi_old     ratio (B, T-1)    PPO       epsilon    cliprange     C.4
 
-One layout of tensors everywhere. A row is prompt, response, padding. What belongs to a token is
-aligned to the action that chose it: column t is the state after reading tokens[:, :t+1], and its
+All tensors share one layout. A row is prompt, response, padding. Whatever belongs to a token is
+aligned with the action that chose it: column t is the state after reading tokens[:, :t+1], and its
 action is tokens[:, t+1].
 
     tokens   (B, T)    p0   p1   p2   r0   r1   EOS  pad  pad
@@ -19,18 +19,24 @@ action is tokens[:, t+1].
     mask     (B, T-1)  0    0    1    1    1    0    0
     rewards            .    .   -b k -b k -b k + score       b = kl_coef, k = log pi - log ref
 
-A value is thus that of the state before the action, and the one mask, made from lengths and never
-from token ids, serves SFT and PPO alike. Dropout is on in sft alone.
+A value therefore belongs to the state before the action. The mask is made from lengths, never from
+token ids, and serves SFT and PPO alike.
 """
 
-import codecs
-import copy
+import argparse
+import ctypes
+import inspect
 import json
 import math
-from dataclasses import dataclass
-from functools import partial
+import os
+import re
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -38,35 +44,40 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import Log, checkpoint, load, save
-from cli import Common, Training, constant_weights, finite, memory_needed, room, run_one
-from data.formats import (
-    UserError, decode, describe, encode, fingerprint, get_tokenizer, gold_function, markdown,
-    own_turn, passages, printable, read_comparisons, read_demonstrations, read_pretraining,
-    read_rows, render, replacing
+from data.files import (
+    Example, Ranking, UserError, decode, digest, encode, fingerprint, get_tokenizer, gold_function,
+    lock, own_turn, printable, read_comparisons, read_demonstrations, read_documents, read_prompts,
+    render, replacing
 )
-from model import GPT, PRESETS, GPTConfig, ScalarModel, generate, pad_right, stream
-from parallel import all_sum, broadcast, gather, share, sum_gradients, unshare
+from model import GPT, PRESETS, GPTConfig, ScalarModel, pad_right, respond
+from parallel import RANK, all_sum, gather, joined, share, spread, sum_gradients
 
-# ---- The equations: tensors and floats in, tensors out -------------------------------------------
-# `count` is what a mean is divided by, given when the tensors are only a part of an optimizer step:
-# the parts then add up to the step, exactly. Nothing outside the mask matters, not even NaN.
+# ---- The equations: tensors and floats in, tensors out ---------------------------------
+# Where the tensors are only a part of an optimizer step, `count` is what the mean over the whole
+# step is divided by, so that the parts add up exactly. Nothing outside the mask matters, not even
+# NaN.
 
 def masked_mean(x: Tensor, mask: Tensor, count=None) -> Tensor:
     """The mean of x over the columns where mask is 1: (B, T-1), (B, T-1) -> ()."""
-    return torch.where(mask > 0, x, 0).sum() / (mask.sum().clamp(min=1) if count is None else count)
+    if count is None:
+        count = mask.sum().clamp(min=1)
+    return torch.where(mask > 0, x, 0).sum() / count
 
 def lm_loss(logprobs: Tensor, mask: Tensor, count=None) -> Tensor:
-    """(1) -E[log pi(token)], nats a token: (B, T-1), (B, T-1) -> (). SFT's loss, and the ptx term.
-    SFT's mask leaves the prompt out: our choice, the paper does not say."""
+    """eq. (1): -E[log pi(token)], in nats a token: (B, T-1), (B, T-1) -> ().
+
+    SFT's loss, and the ptx term. SFT's mask excludes the prompt (our choice; the paper is
+    silent).
+    """
     return -masked_mean(logprobs, mask, count)
 
 def pairwise_loss(scores: Tensor, ranks: Tensor, groups: Tensor, count=None) -> Tensor:
-    """(2) -1/C(K,2) E[log sigmoid(r(x, y_w) - r(x, y_l))], nats a pair (paper, eq. 1).
+    """eq. (2): -1/C(K,2) E[log sigmoid(r(x, y_w) - r(x, y_l))], nats a pair (paper, eq. 1).
 
-    scores (N,), ranks (N,) 0 = best and ties equal, groups (N,) the index of the prompt -> (). Each
-    completion is scored once and meets all others of its prompt. Tied pairs are dropped (C.2); the
-    mean is over a prompt's remaining pairs, then over the prompts that have any (our choice).
+    scores (N,), ranks (N,) with 0 = best and equal ties, groups (N,) the index of the prompt
+    -> (). Each completion is scored once and compared with all others of its prompt. Tied
+    pairs are dropped (C.2). The mean is over the pairs of a prompt, then over the prompts
+    (our choice).
     """
     better = (groups[:, None] == groups) & (ranks[:, None] < ranks)
     winner, loser = better.nonzero(as_tuple=True)
@@ -78,25 +89,30 @@ def pairwise_loss(scores: Tensor, ranks: Tensor, groups: Tensor, count=None) -> 
 def kl_rewards(
     scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float
 ) -> Tensor:
-    """(3) r(x, y) - beta log(pi / ref), token by token (paper, eq. 2): -> (B, T-1).
+    """eq. (3): r(x, y) - beta log(pi / ref), token by token (paper, eq. 2): -> (B, T-1).
 
-    scores (B,), the rest (B, T-1). The plain log-ratio (k1) is the one estimator of the KL whose
-    expected gradient, as a reward, is the KL's. The score lands on the last response token, always.
+    scores (B,), the rest (B, T-1). Used as a reward, the plain log-ratio (k1) is the one
+    estimator of the KL with the right expected gradient. The score always lands on the last
+    response token.
     """
     rewards = torch.where(mask > 0, -kl_coef * (logprobs - ref_logprobs), 0)
-    last = mask.cumsum(1).argmax(1)
+    columns = torch.arange(mask.size(1), device=mask.device)
+    last = (mask * columns).argmax(1)
     rewards[torch.arange(len(rewards)), last] += scores
     return rewards
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95):
-    """(4) A_t = sum_l (gamma lam)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t: all (B, T-1).
+    """eq. (4): A_t = sum_l (gamma lam)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t.
 
-    Generalized advantage estimation (Schulman et al. 2016, eq. 16); after the last response token
-    the episode is over and V is 0. Returns advantages, and returns A + V, the values' targets.
+    Generalized advantage estimation (Schulman et al. 2016, eq. 16), all (B, T-1). The episode
+    ends with the last response token, after which V is 0. Returns the advantages A, and A +
+    V, the targets of the value network.
     """
-    rewards, values = torch.where(mask > 0, rewards, 0), torch.where(mask > 0, values, 0)
+    rewards = torch.where(mask > 0, rewards, 0)
+    values = torch.where(mask > 0, values, 0)
     deltas = rewards + gamma * F.pad(values[:, 1:], (0, 1)) - values
-    advantages, running = torch.zeros_like(deltas), torch.zeros_like(deltas[:, 0])
+    advantages = torch.zeros_like(deltas)
+    running = torch.zeros_like(deltas[:, 0])
     for t in reversed(range(deltas.size(1))):
         running = deltas[:, t] + gamma * lam * running
         advantages[:, t] = running
@@ -104,7 +120,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
     return advantages, advantages + values
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0, population variance 1 over the whole batch's valid tokens, else 0: -> (B, T-1)."""
+    """Mean 0, population variance 1 over the whole batch's valid tokens, else 0: -> (B,
+    T-1)."""
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
     return torch.where(mask > 0, (x - mean) * torch.rsqrt(variance + 1e-8), 0)
@@ -113,10 +130,11 @@ def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
     cliprange: float = 0.2, count=None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(5) -E[min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)], ratio = pi / pi_old (PPO, eq. 7).
+    """eq. (5): -E[min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)], ratio = pi / pi_old.
 
-    All (B, T-1) -> (), and means over response tokens: the ratio, how often the clip takes effect,
-    and half the squared log-ratio, an estimate of KL(pi_old || pi) in nats a token.
+    The clipped objective of PPO (Schulman et al. 2017, eq. 7): all (B, T-1) -> (). Also
+    returns means over response tokens: the ratio, how often the clip takes effect, and half
+    the squared log-ratio, an estimate of KL(pi_old || pi) in nats a token.
     """
     log_ratio = torch.where(mask > 0, logprobs - old_logprobs, 0)
     ratio = log_ratio.exp()
@@ -132,121 +150,646 @@ def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor,
     cliprange_value: float = 0.2, count=None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(6) 1/2 E[max((V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2)].
+    """eq. (6): 1/2 E[max((V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2)].
 
-    All (B, T-1) -> (), and statistics. Clip and 1/2 are OpenAI's of 2019 (the paper has neither).
+    All (B, T-1) -> (), and statistics. The paper does not state this loss; OpenAI's code of
+    2019 has the clip and the 1/2.
     """
-    inputs = torch.stack([values, old_values, returns])
-    values, old_values, returns = torch.where(mask > 0, inputs, 0)
+    values = torch.where(mask > 0, values, 0)
+    old_values = torch.where(mask > 0, old_values, 0)
+    returns = torch.where(mask > 0, returns, 0)
     near = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
-    unclipped, clipped = (values - returns) ** 2, (near - returns) ** 2
+    unclipped = (values - returns) ** 2
+    clipped = (near - returns) ** 2
     return 0.5 * masked_mean(torch.maximum(unclipped, clipped), mask, count), {
         "val/clipfrac": masked_mean((clipped > unclipped).float(), mask, count),
         "val/error": masked_mean(unclipped.detach(), mask, count),
     }
 
-def implicit_rewards(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, beta: float) -> Tensor:
-    """(8) beta log(pi(y|x) / ref(y|x)), a sum over the response, EOS included: (B, T-1) -> (B,).
+def implicit_rewards(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, beta: float):
+    """eq. (8): beta log(pi(y|x) / ref(y|x)), summed over the response: (B, T-1) -> (B,).
 
-    The reward that pi is already the best answer to under (3), up to a term that completions of a
-    prompt share (Rafailov et al. 2023, eq. 5): (2) of it is the loss of DPO (their eq. 7).
+    The reward for which pi is already optimal under eq. (3), up to a term that all
+    completions of a prompt share (Rafailov et al. 2023, eq. 5). Eq. (2) of these rewards is
+    DPO's loss (their eq. 7).
     """
     return beta * torch.where(mask > 0, logprobs - ref_logprobs, 0).sum(1)
 
-# ---- Models on tokens ----------------------------------------------------------------------------
+# ---- Models on tokens ------------------------------------------------------------------
 
 def action_mask(prompt_lens: Tensor, total_lens: Tensor, width: int) -> Tensor:
     """1.0 where the action is a response token, EOS included: (B,), (B,), T -> (B, T-1)."""
     action = torch.arange(1, width, device=total_lens.device)
     return ((prompt_lens[:, None] <= action) & (action < total_lens[:, None])).float()
 
+def pad_examples(examples: list[Example], device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Examples as tokens (B, T), mask (B, T-1) and total_lens (B,)."""
+    tokens, total_lens = pad_right([example.ids for example in examples], device)
+    prompt_lens = torch.tensor([example.prompt_len for example in examples], device=device)
+    return tokens, action_mask(prompt_lens, total_lens, tokens.size(1)), total_lens
+
 def token_logprobs(policy: GPT, tokens: Tensor, mask: Tensor) -> Tensor:
     """log pi(tokens[:, t+1] | tokens[:, :t+1]) where mask is 1, else 0: -> (B, T-1), float32.
 
-    The one way to a log-probability: SFT, ptx, old, new and reference ones come from here, so the
-    ratio before the first update is exactly 1. Only the columns asked for meet the unembedding,
-    which with a large vocabulary is most of the memory.
+    All log-probabilities come from this function, so the ratio before the first update is
+    exactly 1. Only the columns in the mask meet the unembedding, which takes most of the
+    memory where the vocabulary is large.
     """
-    states, actions = policy.hidden(tokens[:, :-1], mask > 0), tokens[:, 1:][mask > 0]
-    actions = F.pad(actions, (0, len(states) - len(actions)))
-    logprobs = -F.cross_entropy(policy.unembed(states).float(), actions, reduction="none")
-    return torch.zeros_like(mask).masked_scatter(mask > 0, logprobs)
+    chosen = mask > 0
+    logits = policy.unembed(policy.hidden(tokens[:, :-1])[chosen]).float()
+    logprobs = -F.cross_entropy(logits, tokens[:, 1:][chosen], reduction="none")
+    return torch.zeros_like(mask).masked_scatter(chosen, logprobs)
 
 def sequence_scores(reward_model: ScalarModel, tokens: Tensor, total_lens: Tensor) -> Tensor:
-    """r(x, y), read at each row's last token, EOS: (B, T), (B,) -> (B,)."""
-    last = torch.arange(tokens.size(1), device=tokens.device) == total_lens[:, None] - 1
-    return reward_model(tokens, last).sum(1)
+    """r(x, y), read at the last token of each row, EOS: (B, T), (B,) -> (B,)."""
+    return reward_model(tokens).gather(1, total_lens[:, None] - 1).squeeze(1)
 
-def chunks(rows, size: int) -> list:
-    """Consecutive parts of at most `size`."""
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
+def chunks(items: list, size: int) -> list[list]:
+    """Consecutive parts of at most `size` items."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
-def microbatches(rows: list[tuple], numbers, cfg: "Common"):
-    """Those rows (ids, prompt_len), padded: yields their numbers, tokens (B, T), mask (B, T-1)."""
-    for part in chunks(numbers, cfg.microbatch_size):
-        tokens, total_lens = pad_right([rows[i][0] for i in part], cfg.device)
-        prompt_lens = torch.tensor([rows[i][1] for i in part], device=cfg.device)
-        yield part, tokens, action_mask(prompt_lens, total_lens, tokens.size(1))
+def microbatches(indices, lengths: list[int], size: int, device: str) -> list[list[int]]:
+    """Divide examples into forward passes of at most `size`; returns the indices of each.
 
-def lm_pass(policy: GPT, rows: list[tuple], cfg: "Common", coef: float = 1.0) -> float:
-    """(1) over rows of (ids, prompt_len), in microbatches; raw text has a prompt of one token.
-
-    Adds the gradient of coef * (1) to what has been accumulated; under no_grad it only measures.
+    With several processes, these are the passes of this one. Examples of like length go
+    together; on a CPU a pass is halved for as long as that saves 256 tokens of padding.
     """
-    count = sum(len(ids) - prompt_len for ids, prompt_len in rows)
-    total = 0.0
-    for part, tokens, mask in microbatches(rows, share(range(len(rows))), cfg):
-        logprobs = finite(token_logprobs(policy, tokens, mask), "log-probabilities of rows", part)
-        loss = lm_loss(logprobs, mask, count)
-        if torch.is_grad_enabled():
-            (coef * loss).backward()
-        total += loss.item()
-    return sum(gather(total))
+    by_length = sorted(share(indices), key=lengths.__getitem__)
+    waiting = chunks(by_length, max(1, size))
+    passes = []
+    while waiting:
+        part = waiting.pop()
+        half = len(part) // 2
+        saved = half * (lengths[part[-1]] - lengths[part[half - 1]])
+        if device == "cpu" and saved >= 256:
+            waiting += [part[:half], part[half:]]
+        else:
+            passes.append(part)
+    return passes
 
-def score_rows(model: ScalarModel, rows: list[list[int]], cfg: "Common") -> Tensor:
-    """The score of each list of ids: (N,)."""
-    parts = [pad_right(part, cfg.device) for part in chunks(rows, cfg.microbatch_size)]
-    return torch.cat([sequence_scores(model, tokens, lens) for tokens, lens in parts])
+def totals(passes: list[dict[str, float]]) -> dict[str, float]:
+    """The sums, key by key, of what the forward passes of all processes found."""
+    sums = {}
+    for own_passes in gather(passes):
+        for found in own_passes:
+            for key, value in found.items():
+                sums[key] = sums.get(key, 0.0) + value
+    return sums
+
+def lm_pass(policy: GPT, examples: list[Example], cfg: "Settings", coef: float = 0.0) -> float:
+    """Eq. (1) over the examples, in nats a token; accumulates the gradient of coef * (1)."""
+    count = sum(len(example.ids) - example.prompt_len for example in examples)
+    lengths = [len(example.ids) for example in examples]
+    losses = []
+    for indices in microbatches(range(len(examples)), lengths, cfg.microbatch_size, cfg.device):
+        tokens, mask, _ = pad_examples([examples[i] for i in indices], cfg.device)
+        with torch.set_grad_enabled(coef > 0):
+            loss = lm_loss(token_logprobs(policy, tokens, mask), mask, count)
+        if coef > 0:
+            (coef * loss).backward()
+        losses.append({"loss": loss.item()})
+    return totals(losses)["loss"]
 
 @torch.no_grad()
-def complete(policy: GPT, prompts: list[list[int]], eos: int, max_new_tokens: int, temperature=1.0):
-    """`generate` for any number of prompts: tokens (B, T), mask (B, T-1), total_lens (B,)."""
-    own = []
-    with constant_weights(policy):
-        for part in chunks(share(prompts), 256):
-            tokens, _, lens = generate(policy, part, max_new_tokens, eos, temperature)
-            own += [ids[:n] for ids, n in zip(tokens.tolist(), lens.tolist())]
-    tokens, total_lens = pad_right(unshare(own), policy.wte.weight.device)
-    prompt_lens = torch.tensor([len(prompt) for prompt in prompts], device=tokens.device)
-    return tokens, action_mask(prompt_lens, total_lens, tokens.size(1)), total_lens
+def score(model: ScalarModel, sequences: list[list[int]], cfg: "Settings") -> Tensor:
+    """The score of each list of ids: (N,)."""
+    scores = torch.zeros(len(sequences), device=cfg.device)
+    lengths = [len(ids) for ids in sequences]
+    for indices in microbatches(range(len(sequences)), lengths, cfg.microbatch_size, cfg.device):
+        tokens, total_lens = pad_right([sequences[i] for i in indices], cfg.device)
+        scores[indices] = sequence_scores(model, tokens, total_lens)
+    all_sum(scores)
+    return scores
 
-def responses(tokens: Tensor, mask: Tensor) -> list[list[int]]:
-    """The ids of each row's response, EOS included."""
-    return [row[own > 0].tolist() for row, own in zip(tokens[:, 1:], mask)]
+def sample_responses(policy, prompts, eos, max_new_tokens, temperature=1.0) -> list[tuple]:
+    """A response to each prompt: its ids, and their log-probabilities when sampled."""
+    def work(own_prompts: list) -> list[tuple]:
+        results = []
+        for part in chunks(own_prompts, 256):
+            results += respond(policy, part, max_new_tokens, eos, temperature)
+        return results
+    return spread(work, prompts)
 
-# ---- Plumbing ------------------------------------------------------------------------------------
+def complete(policy, prompts, eos, max_new_tokens, temperature=1.0) -> list[list[int]]:
+    """The ids of a response to each prompt, with its EOS if there is one."""
+    sampled = sample_responses(policy, prompts, eos, max_new_tokens, temperature)
+    return [response for response, _ in sampled]
+
+# ---- Optimization ----------------------------------------------------------------------
 
 def adam(model: torch.nn.Module) -> torch.optim.Adam:
-    """Betas from C; epsilon from GPT-3, as the paper gives none; no weight decay (our choice)."""
-    broadcast(model)
+    """Betas as in appendix C; the paper gives no epsilon (GPT-3's) and no weight decay (0)."""
     return torch.optim.Adam(model.parameters(), betas=(0.9, 0.95), eps=1e-8, fused=True)
 
-def cosine(progress: float) -> float:
-    """The learning rate's factor as progress goes from 0 to 1: from 1 to a tenth (C.1, C.2)."""
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+def schedule(step: int, total: int, warmup: float = 0.0) -> float:
+    """The factor on the peak learning rate: linear warmup, cosine to a tenth (C.1, C.2)."""
+    cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * step / total))
+    return min(cosine, (step + 1) / max(1, warmup * total))
 
 def update(model: torch.nn.Module, optimizer: torch.optim.Adam, learning_rate: float) -> float:
-    """One step on the accumulated gradient, clipped to a norm of 1 (our choice); returns the norm,
-    and raises UserError, before the step, if any of it is not finite."""
+    """One step on the accumulated gradient, clipped to norm 1 (our choice); returns the norm.
+
+    Raises UserError, before the step, if the gradient is not finite.
+    """
     sum_gradients(model)
-    norms = {name: p.grad.norm() for name, p in model.named_parameters() if p.grad is not None}
-    norm = finite(torch.stack([*norms.values()]), "the gradient of", norms).norm()
-    if norm > 1:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, norm)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    if not math.isfinite(norm):
+        raise UserError("the gradient is not finite, no step is taken: lower the learning rate")
     optimizer.param_groups[0]["lr"] = learning_rate
     optimizer.step()
     optimizer.zero_grad()
-    return norm.item()
+    return norm
+
+def batch_at(items: list, size: int, step: int, seed: int) -> list:
+    """The batch of a step: passes over the items, each in an order of its own."""
+    epoch, place = divmod(step, math.ceil(len(items) / size))
+    order = np.random.default_rng([seed, epoch]).permutation(len(items))
+    return [items[i] for i in order[place * size : (place + 1) * size]]
+
+def random_documents(documents: list, count: int, longest: int, rng) -> list[Example]:
+    """Random documents; long ones are cropped to a random window of `longest` tokens.
+
+    Each example is one document: when several share a row, a small model takes ten times as
+    long to learn to look back and copy. The first token is given, the others are predicted.
+    """
+    examples = []
+    for i in rng.integers(len(documents), size=count):
+        start = rng.integers(max(1, len(documents[i]) - longest + 1))
+        examples.append(Example(documents[i][start : start + longest], 1))
+    return examples
+
+# ---- Settings: every field is a flag, its comment the help; defaults suit the fable ----
+
+@dataclass
+class Settings:
+    """What every stage can be told."""
+    data: str = "out/data"  # folder of the data set
+    out: str = "out"  # folder of checkpoints and logs
+    seed: int = 1  # random seed
+    device: str = "auto"  # auto, cpu, cuda or mps
+    dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 on CUDA, else float32
+    microbatch_size: int = 32  # rows per forward pass; only bounds the memory
+    max_new_tokens: int = 48  # longest response (paper: 1,000)
+    gold: str = "data/fable.py"  # file with gold(row, completion), a score that is only shown
+
+@dataclass
+class Training(Settings):
+    """What every stage that trains can be told."""
+    resume: bool = False  # continue where the run of this name was stopped, to the same bits
+    save_minutes: float = 5.0  # minutes between two saves for --resume
+
+@dataclass
+class Pretrain(Training):
+    """The base model. The paper began with GPT-3, so all of this is our choice."""
+    name: str = "gpt"  # name of the run, its checkpoint and its log
+    preset: str = "fable"  # shape of the model, one of model.PRESETS
+    steps: int = 1400  # optimizer steps
+    batch_size: int = 96  # documents per step
+    microbatch_size: int = 96  # rows per forward pass; only bounds the memory
+    learning_rate: float = 2e-3  # peak, after a warmup of 5 % of the steps; cosine to 10 %
+
+@dataclass
+class SFT(Training):
+    """Step 1 (C.1)."""
+    name: str = "sft"  # name of the run, its checkpoint and its log
+    init: str = "gpt"  # model to start from
+    epochs: int = 6  # passes over the demonstrations (paper: 16; 2 for the start of PPO)
+    batch_size: int = 32  # demonstrations per step (paper: 32; 175B: 8)
+    learning_rate: float = 5e-4  # peak, cosine to 10 % (paper: 9.65e-6; 175B: 5.03e-6)
+    dropout: float = 0.2  # on the residual branches (paper: 0.2)
+    pretrain_fraction: float = 0.0  # share of pretraining text (paper, for PPO: 0.1)
+    window: int = 256  # longest such row, in tokens (paper: not stated)
+    reward_model: str = ""  # keep the epoch whose samples it prefers; else the last
+
+@dataclass
+class RM(Training):
+    """Step 2 (C.2)."""
+    name: str = "rm"  # name of the run, its checkpoint and its log
+    init: str = "sft"  # policy to start from; a scalar head replaces its unembedding
+    epochs: int = 2  # passes over the comparisons (paper: 1, over five times as many)
+    batch_size: int = 8  # prompts per step, with all their pairs (paper: 64)
+    microbatch_size: int = 72  # rows per forward pass; only bounds the memory
+    learning_rate: float = 3e-4  # peak, cosine to 10 % (paper: 9e-6)
+
+@dataclass
+class PPO(Training):
+    """Step 3 (C.3, C.4)."""
+    name: str = "ppo_ptx"  # name of the run, its checkpoint and its log
+    init: str = "ppo_init"  # start of the policy, and the reference it is held to
+    reward_model: str = "rm"  # model that scores a response
+    value_init: str = ""  # start of the value network; default: the reward model (paper)
+    iterations: int = 100  # rollouts (derived from the paper: 256k / 512 = 500)
+    rollout_size: int = 128  # episodes per iteration (paper: 512)
+    minibatch_size: int = 32  # episodes per optimizer step (paper: 64)
+    epochs: int = 1  # passes over a rollout (paper: 1)
+    learning_rate: float = 3e-4  # of the policy, after a warmup from a tenth (paper: swept)
+    value_learning_rate: float = 5e-4  # of the value network (paper: 9e-6, no warmup)
+    kl_coef: float = 0.04  # beta (paper: 0.02)
+    ptx_coef: float = 0.5  # gamma; 0 is plain PPO (paper: 27.8, of unknown scale)
+    ptx_ratio: float = 1.0  # rows of pretraining text per episode (paper: 8)
+    window: int = 256  # longest such row, in tokens (paper: not stated)
+    gamma: float = 1.0  # discount (paper: none)
+    lam: float = 0.95  # lambda of GAE (paper: not stated; its predecessors: 0.95)
+    cliprange: float = 0.2  # of the ratio (paper: 0.2)
+    cliprange_value: float = 0.2  # of the value's change (not stated; OpenAI, 2019: 0.2)
+    max_kl: float = 0.1  # end an iteration's updates when approxkl exceeds this (our guard)
+    missing_eos_score: float = -1.0  # score of a response without EOS (OpenAI in 2019: -1)
+    ema_decay: float = 0.992  # per step, of the weights that are saved (paper: 0.992)
+
+@dataclass
+class DPO(Training):
+    """An alternative to steps 2 and 3 (Rafailov et al. 2023, appendix B)."""
+    name: str = "dpo"  # name of the run, its checkpoint and its log
+    init: str = "ppo_init"  # start of the policy, and the reference it is held to
+    epochs: int = 1  # passes over the comparisons (DPO paper: not stated)
+    batch_size: int = 8  # prompts per step, with all their pairs (DPO paper: 64 pairs)
+    microbatch_size: int = 72  # rows per forward pass; only bounds the memory
+    learning_rate: float = 1e-4  # peak, after a warmup of 10 % (DPO paper: 1e-6, RMSprop)
+    beta: float = 1.0  # strength of the tie to the reference (DPO paper: 0.1 and 0.5)
+
+@dataclass
+class Evaluate(Settings):
+    """The table of what each stage did."""
+    name: str = "evaluate"  # name of the table: out/<name>.md and .json
+    models: str = "gpt,gpt+fewshot,sft,ppo,ppo_ptx"  # rows of the table
+    baseline: str = "sft"  # row that win rates are against
+    reference: str = "ppo_init"  # model that the KL is measured from
+    reward_model: str = "rm"  # model that scores the responses
+
+@dataclass
+class Chat(Settings):
+    """A conversation in the terminal."""
+    model: str = "ppo_ptx"  # model to talk to
+    temperature: float = 0.7  # 0 always takes the likeliest token
+
+# The smallest and largest values that make sense. Fields that are not listed may be anything.
+LIMITS = {
+    "seed": (0, 2**62), "dropout": (0, 0.99), "pretrain_fraction": (0, 0.99), "gamma": (0, 1),
+    "lam": (0, 1), "ema_decay": (0, 1)
+}
+for not_negative in (
+    "learning_rate", "value_learning_rate", "kl_coef", "ptx_coef", "ptx_ratio", "cliprange",
+    "cliprange_value", "max_kl", "beta", "temperature", "save_minutes"
+):
+    LIMITS[not_negative] = (0, 1e9)
+for at_least_one in (
+    "microbatch_size", "max_new_tokens", "steps", "batch_size", "epochs", "window", "iterations",
+    "rollout_size", "minibatch_size"
+):
+    LIMITS[at_least_one] = (1, 2**62)
+CHOICES = {"preset": PRESETS, "device": ("auto", "cpu", "cuda", "mps")}
+CHOICES["dtype"] = ("auto", "float32", "bfloat16")
+
+# ---- Pretraining, and step 1: supervised fine-tuning -----------------------------------
+
+def pretrain(cfg: Pretrain) -> None:
+    """Train a GPT from nothing on raw text: the abilities that the later steps only steer."""
+    tokenizer = get_tokenizer(cfg.data)
+    documents = read_documents(Path(cfg.data) / "pretrain.txt", tokenizer)
+    shape = PRESETS[cfg.preset]
+    config = GPTConfig(tokenizer.n_vocab, **shape, vocabulary=fingerprint(tokenizer))
+    model = GPT(config).to(cfg.device)
+    heldout = read_heldout(tokenizer, model, cfg)
+    optimizer = adam(model)
+    files = ["pretrain.txt", "pretrain_valid.txt"]
+    run = Run(cfg, cfg.steps, files, [model, optimizer])
+    for step in run.steps():
+        rng = np.random.default_rng([cfg.seed, step])
+        examples = random_documents(documents, cfg.batch_size, config.block_size, rng)
+        metrics = {"loss": lm_pass(model, examples, cfg, coef=1.0)}
+        learning_rate = cfg.learning_rate * schedule(step, cfg.steps, warmup=0.05)
+        metrics["grad_norm"] = update(model, optimizer, learning_rate)
+        if heldout and ((step + 1) % 100 == 0 or step + 1 == cfg.steps):
+            metrics["heldout/loss"] = lm_pass(model, heldout, cfg)
+        run.log(metrics, "loss")
+    run.finish(model)
+
+def read_pretraining(tokenizer, policy: GPT, cfg) -> list[np.ndarray]:
+    """Pretraining text to mix in; UserError if --window does not fit the context."""
+    context = policy.config.block_size
+    if cfg.window > context:
+        raise UserError(f"--window {cfg.window} is longer than the context of {context} tokens")
+    return read_documents(Path(cfg.data) / "pretrain.txt", tokenizer)
+
+def read_heldout(tokenizer, model: GPT, cfg: Settings) -> list[Example]:
+    """Held-out pretraining text, at most 512 documents: shows the alignment tax."""
+    path = Path(cfg.data) / "pretrain_valid.txt"
+    if not path.exists():
+        return []
+    documents = read_documents(path, tokenizer)[:512]
+    return [Example(document[: model.config.block_size], 1) for document in documents]
+
+def sft(cfg: SFT) -> None:
+    """Step 1: imitate the demonstrations, by eq. (1) on each completion and its EOS.
+
+    The paper's final models were chosen by the reward model's score on validation prompts,
+    which improves for longer than the loss does (3.5). Without a reward model, the last epoch
+    is saved.
+    """
+    tokenizer = get_tokenizer(cfg.data)
+    data = Path(cfg.data)
+    model = load(cfg, cfg.init, GPT, cfg.dropout)
+    examples = read_demonstrations(data / "sft.jsonl", tokenizer, model.config.block_size)
+    valid = read_demonstrations(data / "sft_valid.jsonl", tokenizer, model.config.block_size)
+    files = ["sft.jsonl", "sft_valid.jsonl"]
+    if cfg.pretrain_fraction:
+        files.append("pretrain.txt")
+        documents = read_pretraining(tokenizer, model, cfg)
+        count = round(len(examples) * cfg.pretrain_fraction / (1 - cfg.pretrain_fraction))
+        rng = np.random.default_rng(cfg.seed)
+        examples += random_documents(documents, count, cfg.window, rng)
+    if cfg.reward_model:
+        reward_model = load(cfg, cfg.reward_model, ScalarModel)
+        longest = longest_prompt([model, reward_model], cfg)
+        prompts = read_prompts(data / "sft_valid.jsonl", tokenizer, longest)
+        prompts = [record["prompt_ids"] for record in prompts]
+    steps_per_epoch = math.ceil(len(examples) / cfg.batch_size)
+    total = cfg.epochs * steps_per_epoch
+    optimizer = adam(model)
+    run = Run(cfg, total, files, [model, optimizer])
+    for step in run.steps():
+        batch = batch_at(examples, cfg.batch_size, step, cfg.seed)
+        model.train()
+        metrics = {"loss": lm_pass(model, batch, cfg, coef=1.0)}
+        model.eval()
+        metrics["grad_norm"] = update(model, optimizer, cfg.learning_rate * schedule(step, total))
+        if (step + 1) % steps_per_epoch == 0:
+            metrics["valid/loss"] = lm_pass(model, valid, cfg)
+            if cfg.reward_model:
+                responses = complete(model, prompts, tokenizer.eot_token, cfg.max_new_tokens)
+                sequences = [example.ids for example in behind(prompts, responses)]
+                metrics["valid/score"] = score(reward_model, sequences, cfg).mean().item()
+                if metrics["valid/score"] > run.best:
+                    run.best = metrics["valid/score"]
+                    save(checkpoint(cfg, cfg.name), model)
+            tqdm.write(describe(metrics))
+        run.log(metrics, "loss")
+    run.finish(None if cfg.reward_model else model)
+
+# ---- Step 2: the reward model ----------------------------------------------------------
+
+class Ranked(NamedTuple):
+    """All N completions of several prompts."""
+    tokens: Tensor  # (N, T)
+    mask: Tensor  # (N, T-1)
+    total_lens: Tensor  # (N,)
+    ranks: Tensor  # (N,) 0 is best
+    groups: Tensor  # (N,) index of the prompt
+
+def ranked_passes(rankings: list[Ranking], cfg: Settings) -> list[Ranked]:
+    """Divide rankings into forward passes; all completions of a prompt stay together."""
+    lengths = []
+    for ranking in rankings:
+        lengths.append(max(len(example.ids) for example in ranking.examples))
+    size = cfg.microbatch_size // 9  # the paper's labelers ranked at most 9 completions (3.5)
+    passes = []
+    for indices in microbatches(range(len(rankings)), lengths, size, cfg.device):
+        examples = []
+        ranks = []
+        groups = []
+        for i in indices:
+            examples += rankings[i].examples
+            ranks += rankings[i].ranks
+            groups += [i] * len(rankings[i].ranks)
+        numbers = torch.tensor([ranks, groups], device=cfg.device)
+        passes.append(Ranked(*pad_examples(examples, cfg.device), *numbers))
+    return passes
+
+def untied(rankings: list[Ranking]) -> int:
+    """How many of the rankings prefer one completion to another; at least 1."""
+    return max(1, sum(len(set(ranking.ranks)) > 1 for ranking in rankings))
+
+def rm(cfg: RM) -> None:
+    """Step 2: learn to score completions in the labelers' order, by eq. (2)."""
+    tokenizer = get_tokenizer(cfg.data)
+    data = Path(cfg.data)
+    model = scalar_model(load(cfg, cfg.init))
+    context = model.config.block_size
+    rankings = read_comparisons(data / "comparisons.jsonl", tokenizer, context)
+    valid = read_comparisons(data / "comparisons_valid.jsonl", tokenizer, context)
+    demonstrations = read_demonstrations(data / "sft.jsonl", tokenizer, context)
+    total = cfg.epochs * math.ceil(len(rankings) / cfg.batch_size)
+    optimizer = adam(model)
+    files = ["comparisons.jsonl", "comparisons_valid.jsonl", "sft.jsonl"]
+    run = Run(cfg, total, files, [model, optimizer])
+    for step in run.steps():
+        batch = batch_at(rankings, cfg.batch_size, step, cfg.seed)
+        losses = []
+        for ranked in ranked_passes(batch, cfg):
+            scores = sequence_scores(model, ranked.tokens, ranked.total_lens)
+            loss = pairwise_loss(scores, ranked.ranks, ranked.groups, untied(batch))
+            loss.backward()
+            losses.append({"loss": loss.item()})
+        metrics = totals(losses)
+        metrics["grad_norm"] = update(model, optimizer, cfg.learning_rate * schedule(step, total))
+        run.log(metrics, "loss")
+    scores = score(model, [example.ids for example in demonstrations], cfg)
+    with torch.no_grad():
+        model.head.bias -= scores.mean()  # demonstrations score 0 on average (3.5)
+    report = accuracy_report(model, valid, {ranking.labeler for ranking in rankings}, cfg)
+    tqdm.write(describe(report))
+    run.log(report)
+    run.finish(model)
+
+def scalar_model(policy: GPT) -> ScalarModel:
+    """A scalar model with the trunk of a policy and a fresh head."""
+    model = ScalarModel(policy.config)
+    model.gpt.load_state_dict(policy.state_dict())
+    return model.to(policy.wte.weight.device).eval()
+
+def accuracy_report(model, rankings: list[Ranking], seen: set[str], cfg: Settings) -> dict:
+    """How well held-out rankings are predicted: the share of untied pairs in the right order.
+
+    Labelers who were not `seen` in training are reported apart. What is undefined is left
+    out, such as the correlation with length if all completions are equally long.
+    """
+    scores = []
+    lengths = []
+    margins = {"eval": [], "eval_heldout_labelers": []}
+    for ranking in rankings:
+        own_scores = score(model, [example.ids for example in ranking.examples], cfg).cpu()
+        ranks = torch.tensor(ranking.ranks)
+        winner, loser = (ranks[:, None] < ranks).nonzero(as_tuple=True)
+        labelers = "eval" if ranking.labeler in seen else "eval_heldout_labelers"
+        margins[labelers] += (own_scores[winner] - own_scores[loser]).tolist()
+        scores += own_scores.tolist()
+        lengths += [len(example.ids) - example.prompt_len for example in ranking.examples]
+    report = {"eval/score_std": float(np.std(scores))}
+    if np.std(lengths) > 0 and np.std(scores) > 0:
+        report["eval/length_correlation"] = float(np.corrcoef(scores, lengths)[0, 1])
+    for labelers, differences in margins.items():
+        if differences:
+            report[f"{labelers}/accuracy"] = float(np.mean(np.array(differences) > 0))
+            report[f"{labelers}/margin"] = float(np.mean(differences))
+    return report
+
+# ---- Step 3: PPO, with the KL and pretraining terms ------------------------------------
+
+class Reward:
+    """What PPO maximises. To use a rule or another model, change this class alone."""
+    def __init__(self, cfg: PPO):
+        self.model = load(cfg, cfg.reward_model, ScalarModel)
+
+    def __call__(self, prompts: list[str], texts: list[str], tokens, total_lens) -> Tensor:
+        """The scores (B,) of responses, given as texts and as tokens (B, T)."""
+        return sequence_scores(self.model, tokens, total_lens)
+
+class Rollout(NamedTuple):
+    """Episodes and what their updates need, without gradients: (B, T-1)."""
+    examples: list[Example]
+    mask: Tensor
+    logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+def ppo_backward(policy, value, rollout: Rollout, minibatch: list[int], cfg: PPO) -> dict:
+    """Accumulate the gradients of eq. (5) in the policy and of eq. (6) in the value network.
+
+    Returns both losses and the statistics of policy_loss and value_loss.
+    """
+    count = rollout.mask[minibatch].sum()
+    lengths = [len(example.ids) for example in rollout.examples]
+    found = []
+    for indices in microbatches(minibatch, lengths, cfg.microbatch_size, cfg.device):
+        examples = [rollout.examples[i] for i in indices]
+        tokens, mask, _ = pad_examples(examples, cfg.device)
+        old = Rollout(examples, *(x[indices, : mask.size(1)] for x in rollout[1:]))
+        logprobs = token_logprobs(policy, tokens, mask)
+        loss, stats = policy_loss(
+            logprobs, old.logprobs, old.advantages, mask, cfg.cliprange, count)
+        values = value(tokens[:, :-1])
+        error, value_stats = value_loss(
+            values, old.values, old.returns, mask, cfg.cliprange_value, count)
+        (loss + error).backward()  # the two networks have no parameter in common
+        stats |= value_stats | {"loss/policy": loss, "loss/value": error}
+        found.append({key: x.item() for key, x in stats.items()})
+    return totals(found)
+
+def ppo(cfg: PPO) -> None:
+    """Step 3: maximise the reward, with a KL term and a pretraining term (paper, eq. 2).
+
+    eq. (7): the policy minimises (5) + ptx_coef (1), and the value network minimises (6).
+    """
+    tokenizer = get_tokenizer(cfg.data)
+    eos = tokenizer.eot_token
+    data = Path(cfg.data)
+    reward = Reward(cfg)
+    policy = load(cfg, cfg.init)
+    ref = load(cfg, cfg.init)
+    ema = load(cfg, cfg.init)  # a running average of the policy, which is saved in the end
+    value = value_network(policy, cfg)
+    readers = [policy, value, getattr(reward, "model", policy)]  # a rule has no model
+    policy_optimizer = adam(policy)
+    value_optimizer = adam(value)
+    longest = longest_prompt(readers, cfg)
+    records = read_prompts(data / "prompts.jsonl", tokenizer, longest)
+    records = records * math.ceil(cfg.iterations * cfg.rollout_size / len(records))
+    gold = gold_function(records, cfg.gold)
+    heldout = read_heldout(tokenizer, policy, cfg)
+    files = ["prompts.jsonl", "pretrain_valid.txt"]
+    if cfg.ptx_coef:
+        files.append("pretrain.txt")
+        documents = read_pretraining(tokenizer, policy, cfg)
+    parts = [policy, value, ema, policy_optimizer, value_optimizer]
+    run = Run(cfg, cfg.iterations, files, parts)
+
+    for iteration in run.steps():
+        rng = np.random.default_rng([cfg.seed, iteration])
+
+        # 1. Sample a response to each prompt.
+        batch = batch_at(records, cfg.rollout_size, iteration, cfg.seed)
+        prompts = [record["prompt_ids"] for record in batch]
+        sampled = sample_responses(policy, prompts, eos, cfg.max_new_tokens)
+        responses = [response for response, _ in sampled]
+        texts = [decode(tokenizer, response) for response in responses]
+        examples = behind(prompts, responses)
+        _, mask, total_lens = pad_examples(examples, cfg.device)
+
+        # 2. Let the reward model, the policy, the reference and the value network read them. The
+        #    forward passes are those of the first updates, so the first ratio is exactly 1.
+        lengths = total_lens.tolist()
+        minibatches = chunks(range(len(batch)), cfg.minibatch_size)
+        scores = torch.zeros(len(batch), device=cfg.device)
+        logprobs = torch.zeros_like(mask)
+        ref_logprobs = torch.zeros_like(mask)
+        values = torch.zeros_like(mask)
+        for minibatch in minibatches:
+            for indices in microbatches(minibatch, lengths, cfg.microbatch_size, cfg.device):
+                tokens, some_mask, lens = pad_examples([examples[i] for i in indices], cfg.device)
+                width = some_mask.size(1)
+                with torch.no_grad():
+                    scores[indices] = reward([batch[i]["prompt"] for i in indices],
+                                             [texts[i] for i in indices], tokens, lens)
+                    logprobs[indices, :width] = token_logprobs(policy, tokens, some_mask)
+                    ref_logprobs[indices, :width] = token_logprobs(ref, tokens, some_mask)
+                    values[indices, :width] = value(tokens[:, :-1])
+        all_sum(scores, logprobs, ref_logprobs, values)
+
+        # 3. Rewards per token, eq. (3); advantages and returns, eq. (4); whitened advantages.
+        ended = torch.tensor([response[-1] == eos for response in responses], device=cfg.device)
+        scores = torch.where(ended, scores, cfg.missing_eos_score)
+        rewards = kl_rewards(scores, logprobs, ref_logprobs, mask, cfg.kl_coef)
+        advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)
+        rollout = Rollout(examples, mask, logprobs, values, whiten(advantages, mask), returns)
+
+        # 4. Update both networks, one step per minibatch; the first pass keeps this order.
+        for _ in range(cfg.epochs - 1):
+            minibatches += chunks(rng.permutation(len(batch)).tolist(), cfg.minibatch_size)
+        warmup = min(1.0, 0.1 + 0.09 * iteration)  # from a tenth, over ten iterations (C.4)
+        steps = []
+        for minibatch in minibatches:
+            stats = ppo_backward(policy, value, rollout, minibatch, cfg)  # eq. (5) and (6)
+            if not steps and abs(stats["val/ratio"] - 1) > 1e-4:
+                raise UserError(f"the first ratio is {stats['val/ratio']}, but should be 1")
+            if stats["policy/approxkl"] > cfg.max_kl:
+                policy_optimizer.zero_grad()
+                value_optimizer.zero_grad()
+                tqdm.write(f"approxkl exceeds --max_kl after {len(steps)} updates")
+                break
+            if cfg.ptx_coef:  # its gradient is added to that of eq. (5) in the same buffers (C.4)
+                count = math.ceil(cfg.ptx_ratio * cfg.minibatch_size)
+                text = random_documents(documents, count, cfg.window, rng)
+                stats["loss/ptx"] = lm_pass(policy, text, cfg, cfg.ptx_coef)
+            stats["policy/grad_norm"] = update(
+                policy, policy_optimizer, cfg.learning_rate * warmup)
+            stats["val/grad_norm"] = update(
+                value, value_optimizer, cfg.value_learning_rate * warmup)
+            ema_update(ema, policy, cfg.ema_decay)
+            steps.append(stats)
+
+        # 5. Log. KL and entropy are sums over a response in nats, estimated from the samples: a
+        #    sampled KL can be negative, its expectation cannot.
+        metrics = {key: float(np.mean([stats[key] for stats in steps])) for key in steps[0]}
+        kl = ((logprobs - ref_logprobs) * mask).sum(1)
+        metrics["objective/scores"] = scores.mean().item()
+        metrics["objective/kl"] = kl.mean().item()
+        metrics["objective/rlhf_reward"] = (scores - cfg.kl_coef * kl).mean().item()
+        metrics["objective/entropy"] = -logprobs.sum(1).mean().item()
+        metrics["eos_fraction"] = ended.float().mean().item()
+        metrics["response_length"] = mask.sum(1).mean().item()
+        metrics["learning_rate"] = cfg.learning_rate * warmup
+        when_sampled = torch.tensor([x for _, own in sampled for x in own], device=cfg.device)
+        metrics["sampler_gap"] = (when_sampled - logprobs[mask > 0]).abs().max().item()
+        variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask).item()
+        if variance > 0:
+            metrics["val/var_explained"] = 1 - metrics["val/error"] / variance
+        if gold:  # the truth that the reward model stands in for; it trains nothing
+            judged = [sum(gold(record, text).values()) for record, text in zip(batch, texts)]
+            metrics["objective/gold"] = float(np.mean(judged))
+        if iteration % 10 == 0 or iteration + 1 == cfg.iterations:
+            if heldout:
+                metrics["heldout/loss"] = lm_pass(policy, heldout, cfg)
+            tqdm.write(f"{batch[0]['prompt']!r} {texts[0]!r} scores {scores[0].item():.2f}")
+        run.log(metrics, "objective/scores", "objective/kl")
+    run.finish(ema)
+
+def value_network(policy: GPT, cfg: PPO) -> ScalarModel:
+    """A copy of the reward model (C.4), or, if there is no such checkpoint, of the policy."""
+    name = cfg.value_init or cfg.reward_model
+    if cfg.value_init or checkpoint(cfg, name).exists():
+        return load(cfg, name, ScalarModel)
+    return scalar_model(policy)
 
 @torch.no_grad()
 def ema_update(ema: torch.nn.Module, model: torch.nn.Module, decay: float) -> None:
@@ -254,504 +797,435 @@ def ema_update(ema: torch.nn.Module, model: torch.nn.Module, decay: float) -> No
     for average, new in zip(ema.parameters(), model.parameters()):
         average.lerp_(new, 1 - decay)
 
-# ---- Settings: every field is a flag, its comment the help; defaults are the fable's -------------
+def behind(prompts: list[list[int]], responses: list[list[int]]) -> list[Example]:
+    """Each response behind its prompt."""
+    return [Example(ids + response, len(ids)) for ids, response in zip(prompts, responses)]
 
-@dataclass
-class Pretrain(Training):
-    """The base model. The paper began with GPT-3: all of this is our choice."""
-    name: str = "gpt"  # of this run: its checkpoint and log
-    preset: str = "fable"  # shape of the model: fable, fable-10x, gpt2, gpt2-medium, -large or -xl
-    steps: int = 1400  # optimizer steps
-    batch_size: int = 96  # documents a step
-    microbatch_size: int = 96  # rows of a forward pass: bounds the memory, changes nothing else
-    learning_rate: float = 2e-3  # peak, after a warmup of 5 % of the steps; cosine to 10 %
-
-@dataclass
-class SFT(Training):
-    """Step 1 (C.1)."""
-    name: str = "sft"  # of this run: its checkpoint and log
-    init: str = "gpt"  # the model to start from
-    epochs: int = 6  # passes over the demonstrations (paper: 16; for the start of PPO 2)
-    batch_size: int = 32  # demonstrations a step (paper: 32; 175B: 8)
-    learning_rate: float = 5e-4  # peak, no warmup, cosine to 10 % (paper: 9.65e-6; 175B: 5.03e-6)
-    dropout: float = 0.2  # on the residual branches (paper: 0.2)
-    pretrain_fraction: float = 0.0  # of the rows are pretraining text (paper, to start PPO: 0.1)
-    window: int = 256  # longest such row, in tokens (paper: not stated)
-    reward_model: str = ""  # keep the epoch whose samples it scores highest (paper); else the last
-
-@dataclass
-class RM(Training):
-    """Step 2 (C.2)."""
-    name: str = "rm"  # of this run: its checkpoint and log
-    init: str = "sft"  # the policy whose trunk it starts from
-    epochs: int = 2  # passes over the comparisons (paper: 1 over five times as many)
-    batch_size: int = 8  # prompts a step, with all their pairs (paper: 64)
-    microbatch_size: int = 72  # rows of a forward pass, 9 a prompt: bounds the memory alone
-    learning_rate: float = 3e-4  # peak, cosine to 10 % (paper: 9e-6)
-
-@dataclass
-class PPO(Training):
-    """Step 3 (C.3, C.4)."""
-    name: str = "ppo_ptx"  # of this run: its checkpoint and log
-    init: str = "ppo_init"  # where the policy starts, and the reference it is held to
-    reward_model: str = "rm"  # what scores a response; frozen
-    value_init: str = ""  # where the value network starts; else as the reward model's copy (paper)
-    iterations: int = 100  # rollouts, each followed by its updates (paper: 500)
-    rollout_size: int = 128  # episodes an iteration (paper: 512)
-    minibatch_size: int = 32  # episodes an optimizer step (paper: 64)
-    epochs: int = 1  # passes over a rollout (paper: 1)
-    learning_rate: float = 3e-4  # a tenth at first, in full after 10 iterations (paper: swept)
-    value_learning_rate: float = 5e-4  # of the value network, likewise (paper: 9e-6)
-    kl_coef: float = 0.04  # beta (paper: 0.02)
-    ptx_coef: float = 0.5  # gamma; 0 is plain PPO (paper: 27.8, its losses' scale is not stated)
-    ptx_ratio: float = 1.0  # rows of pretraining text an episode (paper: 8)
-    window: int = 256  # longest such row, in tokens (paper: not stated)
-    gamma: float = 1.0  # discount (paper: none)
-    lam: float = 0.95  # of GAE (paper: not stated; 0.95 in its predecessors)
-    cliprange: float = 0.2  # of the ratio (paper: 0.2)
-    cliprange_value: float = 0.2  # of the value's change (not stated; 0.2 in OpenAI's code of 2019)
-    max_kl: float = 0.1  # nats a token: updates end when the rollout's policy is left that far
-    missing_eos_score: float = -1.0  # replaces the score of a response without EOS (likewise)
-    ema_decay: float = 0.992  # a step, of the weights that are kept (paper: 0.992)
-
-@dataclass
-class DPO(Training):
-    """In place of steps 2 and 3 (Rafailov et al. 2023, appendix B)."""
-    name: str = "dpo"  # of this run: its checkpoint and log
-    init: str = "ppo_init"  # where the policy starts, and the reference it is held to
-    epochs: int = 1  # passes over the comparisons (DPO paper: not stated)
-    batch_size: int = 8  # prompts a step, with all their pairs (DPO paper: 64 pairs)
-    microbatch_size: int = 72  # rows of a forward pass, 9 a prompt: bounds the memory alone
-    learning_rate: float = 1e-4  # peak, after a warmup of 10 %; cosine to 10 % (DPO paper: 1e-6)
-    beta: float = 1.0  # more holds the policy closer to the reference (DPO paper: 0.1 and 0.5)
-
-@dataclass
-class Evaluate(Common):
-    """The table of what each stage did."""
-    name: str = "evaluate"  # of the table: out/<name>.md and .json
-    models: str = "gpt,gpt+fewshot,sft,ppo,ppo_ptx"  # rows of the table, those that exist
-    baseline: str = "sft"  # the row that win rates are against
-    reference: str = "ppo_init"  # what the KL is measured from
-    reward_model: str = "rm"  # whose score is shown
-
-@dataclass
-class Chat(Common):
-    """A conversation in the terminal."""
-    model: str = "ppo_ptx"  # whom to talk to
-    temperature: float = 0.7  # 0 takes the likeliest token every time
-
-# ---- Pretraining, and step 1 ---------------------------------------------------------------------
-
-def epochs(rows: list, count: int, batch_size: int, rng: np.random.Generator) -> list[list]:
-    """The batches of `count` passes over the rows, each pass in an order of its own."""
-    orders = [rng.permutation(len(rows)) for _ in range(count)]
-    return [[rows[i] for i in part] for order in orders for part in chunks(order, batch_size)]
-
-def fit(model, batches: list, backward, cfg, rng, warmup=0.0, validate=None, frozen=()) -> Log:
-    """An optimizer step a batch, at a rate that warms up, then falls to a tenth along a cosine.
-
-    backward(model, batch, cfg) accumulates the gradient and returns the loss; validate(step, rows)
-    returns further metrics, if that step has any; rows are those of the steps before.
-    """
-    optimizer, total = adam(model), len(batches)
-    with Log(cfg, total, memory_needed([model], frozen, cfg), rng, [model, optimizer]) as log:
-        for step in range(len(log.rows) + 1, total + 1):
-            metrics = {"loss": backward(model, batches[step - 1], cfg)}
-            factor = min(cosine((step - 1) / total), step / max(1, warmup * total))
-            metrics["grad_norm"] = update(model, optimizer, cfg.learning_rate * factor)
-            log.step(metrics | (validate(step, log.rows) if validate else {}), "loss")
-    return log
-
-def pretrain(cfg: Pretrain) -> None:
-    """GPT: next-token prediction on raw text, the ability that all the rest only steers."""
-    tokenizer, rng = get_tokenizer(cfg.data), np.random.default_rng(cfg.seed)
-    text = read_pretraining(Path(cfg.data) / "pretrain.txt", tokenizer)
-    vocabulary = dict(vocab_size=tokenizer.n_vocab, vocabulary=fingerprint(tokenizer))
-    model = GPT(GPTConfig(**vocabulary, **PRESETS[cfg.preset])).to(cfg.device)
-
-    def validate(step: int, _) -> dict[str, float]:
-        due = step % 100 == 0 or step == cfg.steps
-        return {"heldout/loss": heldout_loss(model, tokenizer, cfg)} if due else {}
-
-    rows = passages(text, cfg.steps * cfg.batch_size, model.config.block_size, rng)
-    fit(model, chunks(rows, cfg.batch_size), lm_pass, cfg, rng, 0.05, validate).finish(model)
-
-@torch.no_grad()
-def heldout_loss(policy: GPT, tokenizer, cfg: Common) -> float:
-    """(1) on held-out pretraining text, nats a token: where the alignment tax shows."""
-    text = read_pretraining(Path(cfg.data) / "pretrain_valid.txt", tokenizer)
-    return lm_pass(policy, [(ids[: policy.config.block_size], 1) for ids in text[:512]], cfg)
-
-def sft(cfg: SFT) -> None:
-    """Step 1: imitate the demonstrations, by (1) on each completion and its EOS.
-
-    The paper kept the epoch of the best reward-model score on held-out prompts, which rises on
-    after the loss is lowest (C.1). Without a reward model the last epoch is kept.
-    """
-    tokenizer, data, rng = get_tokenizer(cfg.data), Path(cfg.data), np.random.default_rng(cfg.seed)
-    model = load(cfg, cfg.init, GPT, cfg.dropout).train()
-    reward_model = load(cfg, cfg.reward_model, ScalarModel) if cfg.reward_model else None
-    rows = read_demonstrations(data / "sft.jsonl", tokenizer, model.config.block_size)
-    valid = read_demonstrations(data / "sft_valid.jsonl", tokenizer, model.config.block_size)
-    if mixed := round(len(rows) * cfg.pretrain_fraction / (1 - cfg.pretrain_fraction)):
-        rows += passages(read_pretraining(data / "pretrain.txt", tokenizer), mixed, cfg.window, rng)
-    batches = epochs(rows, cfg.epochs, cfg.batch_size, rng)
-    longest = room(model, cfg) if reward_model else 0
-    prompts = [ids[:prompt_len] for ids, prompt_len in valid if prompt_len <= longest]
-    if reward_model and not prompts:
-        raise UserError(f"--max_new_tokens {cfg.max_new_tokens}: no prompt leaves so much room")
-
-    @torch.no_grad()
-    def validate(step: int, earlier: list[dict]) -> dict[str, float]:
-        if step % (len(batches) // cfg.epochs):
-            return {}
-        metrics = {"valid/loss": lm_pass(model.eval(), valid, cfg)}
-        if reward_model:
-            tokens, _, lens = complete(model, prompts, tokenizer.eot_token, cfg.max_new_tokens)
-            metrics["valid/score"] = sequence_scores(reward_model, tokens, lens).mean().item()
-        scores = [row["valid/score"] for row in [*earlier, metrics] if "valid/score" in row]
-        if not scores or scores[-1] == max(scores):
-            save(cfg, model)
-        model.train()
-        tqdm.write(f"epoch {step * cfg.epochs // len(batches)}: {describe(metrics)}")
-        return metrics
-
-    fit(model, batches, lm_pass, cfg, rng, validate=validate).finish()
-
-# ---- Step 2: the reward model --------------------------------------------------------------------
-
-def rm(cfg: RM) -> None:
-    """Step 2: learn to score completions in the order in which the labelers ranked them, by (2)."""
-    tokenizer, data, rng = get_tokenizer(cfg.data), Path(cfg.data), np.random.default_rng(cfg.seed)
-    policy = load(cfg, cfg.init)
-    model = ScalarModel(policy.config).to(cfg.device).eval()
-    model.gpt.load_state_dict(policy.state_dict())  # whose unembedding gives way to a scalar head
-    context = policy.config.block_size
-    train = read_comparisons(data / "comparisons.jsonl", tokenizer, context)
-    valid = read_comparisons(data / "comparisons_valid.jsonl", tokenizer, context)
-    demonstrations = read_demonstrations(data / "sft.jsonl", tokenizer, context)
-    log = fit(model, epochs(train, cfg.epochs, cfg.batch_size, rng), rm_backward, cfg, rng)
-    normalise(model, demonstrations, train, cfg)
-    report = rm_report(model, {row.get("labeler") for row in train}, valid, cfg)
-    log.line(report)
-    tqdm.write(describe(report))
-    log.finish(model)
-
-def rm_backward(model, batch: list[dict], cfg, score=score_rows) -> float:
-    """Accumulate the gradient of (2) over whole prompts; `score` gives the rewards, for DPO (8)."""
-    total, count = 0.0, max(1, sum(len(set(row["ranks"])) > 1 for row in batch))
-    for part in chunks(share(range(len(batch))), max(1, cfg.microbatch_size // 9)):  # paper: K <= 9
-        ids = [ids for i in part for ids in batch[i]["ids"]]
-        ranks = torch.tensor([rank for i in part for rank in batch[i]["ranks"]], device=cfg.device)
-        groups = torch.tensor([i for i in part for _ in batch[i]["ids"]], device=cfg.device)
-        scores = finite(score(model, ids, cfg), "scores of rows", groups.tolist())
-        loss = pairwise_loss(scores, ranks, groups, count)
-        loss.backward()
-        total += loss.item()
-    return sum(gather(total))
-
-@torch.no_grad()
-def normalise(model: ScalarModel, demonstrations: list, train: list[dict], cfg: RM) -> None:
-    """Shift the scores so that demonstrations have 0 on average (C.2); note how far they range."""
-    model.head.bias -= score_rows(model, [ids for ids, _ in demonstrations], cfg).mean()
-    scores = score_rows(model, [ids for row in train[:512] for ids in row["ids"]], cfg)
-    model.score_range.copy_(torch.stack([scores.min(), scores.max()]))
-
-@torch.no_grad()
-def rm_report(model: ScalarModel, seen: set, valid: list[dict], cfg: RM) -> dict[str, float]:
-    """On held-out prompts: the share of untied pairs put in the labeler's order and their margin,
-    for labelers `seen` in training and others; the scores' spread and correlation with length."""
-    scores, lens, margins = [], [], {"eval": [], "eval_heldout_labelers": []}
-    for row in valid:
-        score, ranks = score_rows(model, row["ids"], cfg), torch.tensor(row["ranks"])
-        winner, loser = (ranks[:, None] < ranks).nonzero(as_tuple=True)
-        split = "eval" if row.get("labeler") in seen else "eval_heldout_labelers"
-        margins[split] += (score[winner] - score[loser]).tolist()
-        scores += score.tolist()
-        lens += [len(ids) - len(row["prompt_ids"]) for ids in row["ids"]]
-    correlation = float(np.corrcoef(scores, lens)[0, 1])
-    report = {"eval/score_std": float(np.std(scores)), "eval/length_correlation": correlation}
-    for split in filter(margins.get, margins):
-        report[f"{split}/accuracy"] = float(np.mean(np.array(margins[split]) > 0))
-        report[f"{split}/margin"] = float(np.mean(margins[split]))
-    return report
-
-# ---- Step 3: PPO; or DPO, in place of steps 2 and 3 ----------------------------------------------
-
-class Models(NamedTuple):
-    """PPO's four networks, and the running average of the policy that is kept in the end."""
-    policy: GPT
-    ref: GPT
-    reward: ScalarModel
-    value: ScalarModel
-    ema: GPT
-
-class Rollout(NamedTuple):
-    """Episodes, detached: tokens (B, T), and the rest (B, T-1)."""
-    tokens: Tensor
-    mask: Tensor
-    logprobs: Tensor
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
-
-def minibatches(order: Tensor, cfg: PPO) -> list[list[list[int]]]:
-    """This process's rows of each optimizer step, in microbatches."""
-    steps = chunks(order.tolist(), cfg.minibatch_size)
-    return [chunks(share(rows), cfg.microbatch_size) for rows in steps]
-
-@torch.no_grad()
-def rollout(models: Models, prompts: list, eos: int, cfg: PPO) -> tuple[Rollout, dict]:
-    """A response to each prompt, with its advantages; and statistics, each (B,).
-
-    KL and entropy are sums over a response, in nats, estimated from the sample: one episode's KL
-    may be negative, their expectation not.
-    """
-    tokens, mask, lens = complete(models.policy, prompts, eos, cfg.max_new_tokens)
-    everyone = torch.arange(len(tokens), device=tokens.device)
-    logprobs, ref_logprobs, values = torch.zeros(3, *mask.shape, device=tokens.device)
-    scores = torch.zeros(len(tokens), device=tokens.device)
-    for rows in sum(minibatches(everyone, cfg), []):  # the first update's: its ratio is 1
-        logprobs[rows] = token_logprobs(models.policy, tokens[rows], mask[rows])
-        ref_logprobs[rows] = token_logprobs(models.ref, tokens[rows], mask[rows])
-        values[rows] = models.value(tokens[rows, :-1], mask[rows] > 0)
-        scores[rows] = sequence_scores(models.reward, tokens[rows], lens[rows])
-    all_sum(logprobs, ref_logprobs, values, scores)  # each 0 in the rows of other processes
-    finite(torch.stack([scores, values.sum(1), logprobs.sum(1), ref_logprobs.sum(1)], 1),
-           "score, values or log-probabilities of rows", range(len(tokens)))
-    low, high = models.reward.score_range
-    far = (scores - (low + high) / 2).abs() > high - low  # twice as far from the middle as any seen
-    ended = tokens[everyone, lens - 1] == eos
-    scores = torch.where(ended, scores, cfg.missing_eos_score)
-    rewards = kl_rewards(scores, logprobs, ref_logprobs, mask, cfg.kl_coef)
-    advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)
-    kl = ((logprobs - ref_logprobs) * mask).sum(1)
-    episodes = {
-        "objective/scores": scores, "objective/kl": kl, "objective/entropy": -logprobs.sum(1),
-        "objective/rlhf_reward": scores - cfg.kl_coef * kl,
-        "objective/scores_far_out": far.float(),
-        "eos_fraction": ended.float(), "response_length": mask.sum(1),
-    }
-    batch = Rollout(tokens, mask, logprobs, values, whiten(advantages, mask), returns)
-    return batch, episodes
-
-def ppo_backward(models: Models, batch: Rollout, microbatches: list[list[int]], cfg: PPO) -> dict:
-    """Accumulate the gradients of (5) in the policy, of (6) in the value network: statistics."""
-    count = sum(gather(sum(batch.mask[rows].sum().item() for rows in microbatches)))
-    parts = []
-    for rows in microbatches:
-        tokens, mask, old, old_values, advantages, returns = (x[rows] for x in batch)
-        new = token_logprobs(models.policy, tokens, mask)
-        values = models.value(tokens[:, :-1], mask > 0)
-        finite(new, "log-probabilities of rows", rows)
-        finite(values, "values of rows", rows)
-        loss, of_policy = policy_loss(new, old, advantages, mask, cfg.cliprange, count)
-        error, of_value = value_loss(values, old_values, returns, mask, cfg.cliprange_value, count)
-        (loss + error).backward()  # two networks with no parameter in common
-        sums = {"loss/policy": loss, "loss/value": error, **of_policy, **of_value}
-        parts.append({key: x.item() for key, x in sums.items()})
-    parts = sum(gather(parts), [])
-    return {key: sum(part[key] for part in parts) for key in parts[0]}
-
-def ppo_update(models, optimizers, batch: Rollout, text, factor: float, rng, cfg: PPO) -> dict:
-    """(7) (5) + ptx_coef (1), minimised over the policy, and (6) over the value network.
-
-    One step a minibatch; the gradients of PPO and of ptx meet in the same buffers (C.4). `factor`
-    is on both learning rates. Returns the means of the statistics over the steps, which end early
-    where `max_kl` is exceeded.
-    """
-    steps, orders = [], [torch.arange(len(batch.tokens))]  # first the rollout's: its ratio is 1
-    orders += [gather(torch.randperm(len(batch.tokens)))[0] for _ in range(cfg.epochs - 1)]
-    planned = sum((minibatches(order, cfg) for order in orders), [])
-    for microbatches in planned:
-        stats = ppo_backward(models, batch, microbatches, cfg)
-        if not steps and abs(stats["val/ratio"] - 1) > 1e-4:
-            raise UserError(f"ratio {stats['val/ratio']} before the first update: it must be 1")
-        if stats["policy/approxkl"] > cfg.max_kl:
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            kl = f"{stats['policy/approxkl']:.3g} nats a token, over --max_kl {cfg.max_kl}"
-            tqdm.write(f"{len(steps)} of {len(planned)} updates: KL from the rollout's policy {kl}")
-            break
-        if cfg.ptx_coef:
-            rows = passages(text, round(cfg.ptx_ratio * cfg.minibatch_size), cfg.window, rng)
-            stats["loss/ptx"] = lm_pass(models.policy, rows, cfg, cfg.ptx_coef)
-        update(models.policy, optimizers[0], cfg.learning_rate * factor)
-        update(models.value, optimizers[1], cfg.value_learning_rate * factor)
-        ema_update(models.ema, models.policy, cfg.ema_decay)
-        steps.append(stats)
-    means = {key: float(np.mean([stats[key] for stats in steps])) for key in steps[0]}
-    deviations = batch.returns - masked_mean(batch.returns, batch.mask)
-    unexplained = means["val/error"] / masked_mean(deviations**2, batch.mask).item()
-    return means | {"val/var_explained": 1 - unexplained}
-
-def ppo(cfg: PPO) -> None:
-    """Step 3: optimise the policy for the reward model, with KL and pretraining terms, by (7)."""
-    tokenizer, data, rng = get_tokenizer(cfg.data), Path(cfg.data), np.random.default_rng(cfg.seed)
-    policy, reward = load(cfg, cfg.init), load(cfg, cfg.reward_model, ScalarModel)
-    value = load(cfg, cfg.value_init or cfg.reward_model, ScalarModel)
-    models = Models(policy, *map(copy.deepcopy, (policy, reward, value, policy)))
-    optimizers = adam(policy), adam(models.value)
-    memory = memory_needed([policy, models.value], [models.ref, models.reward, models.ema], cfg)
-    prompts = read_rows(data / "prompts.jsonl", tokenizer, room(policy, cfg), "prompt")
-    text = read_pretraining(data / "pretrain.txt", tokenizer) if cfg.ptx_coef else None
-    gold = gold_function(prompts, cfg.gold)
-    passes = math.ceil(cfg.iterations * cfg.rollout_size / len(prompts))
-    batches = epochs(prompts * passes, 1, cfg.rollout_size, rng)[: cfg.iterations]
-    parts = [policy, models.value, models.ema, *optimizers]
-    with Log(cfg, cfg.iterations, memory, rng, parts) as log:
-        for iteration, rows in enumerate(batches[len(log.rows) :], len(log.rows)):
-            prompt_ids = [row["prompt_ids"] for row in rows]
-            batch, episodes = rollout(models, prompt_ids, tokenizer.eot_token, cfg)
-            metrics = {key: x.mean().item() for key, x in episodes.items()}
-            if iteration == 0 and (kl := metrics["objective/kl"]) != 0:
-                raise UserError(f"KL {kl} before the first update: it must be 0")
-            if metrics["objective/scores_far_out"]:  # where a policy that games them shows first
-                usual = "to".join(f" {x:.2f} " for x in reward.score_range.tolist())
-                tqdm.write(f"iteration {iteration + 1}: scores far outside{usual}seen in training")
-            completions = [decode(tokenizer, ids) for ids in responses(batch.tokens, batch.mask)]
-            if gold:  # what the reward model stands in for; nobody is trained on it
-                totals = [sum(gold(*pair).values()) for pair in zip(rows, completions)]
-                metrics["objective/gold"] = float(np.mean(totals))
-            factor = min(1, 0.1 + 0.09 * iteration)  # C.4: a warmup over ten iterations
-            metrics |= ppo_update(models, optimizers, batch, text, factor, rng, cfg)
-            if iteration % 10 == 0 or iteration + 1 == cfg.iterations:
-                metrics["heldout/loss"] = heldout_loss(policy, tokenizer, cfg)
-                sampled = describe({key: x[0].item() for key, x in episodes.items()})
-                tqdm.write(printable(f"{rows[0]['prompt']}{completions[0]}\n  [{sampled}]"))
-            log.step(metrics, "objective/scores", "objective/kl")
-    log.finish(models.ema)
+# ---- DPO, an alternative to steps 2 and 3 ----------------------------------------------
 
 def dpo(cfg: DPO) -> None:
-    """In place of steps 2 and 3: learn from the rankings with no reward model, by (2) of (8)."""
-    tokenizer, rng = get_tokenizer(cfg.data), np.random.default_rng(cfg.seed)
-    policy, ref = load(cfg, cfg.init), load(cfg, cfg.init).requires_grad_(False)
-    file, context = Path(cfg.data) / "comparisons.jsonl", policy.config.block_size
-    rows = read_comparisons(file, tokenizer, context)
-    for row in rows:
-        row["ids"] = [(ids, len(row["prompt_ids"])) for ids in row["ids"]]
-    batches = epochs(rows, cfg.epochs, cfg.batch_size, rng)
-    backward = partial(rm_backward, score=partial(implicit_scores, ref))
-    fit(policy, batches, backward, cfg, rng, 0.1, frozen=[ref]).finish(policy)
+    """Learn from the rankings without a reward model: eq. (2) with the rewards of eq. (8)."""
+    tokenizer = get_tokenizer(cfg.data)
+    policy = load(cfg, cfg.init)
+    ref = load(cfg, cfg.init)
+    path = Path(cfg.data) / "comparisons.jsonl"
+    rankings = read_comparisons(path, tokenizer, policy.config.block_size)
+    total = cfg.epochs * math.ceil(len(rankings) / cfg.batch_size)
+    optimizer = adam(policy)
+    run = Run(cfg, total, ["comparisons.jsonl"], [policy, optimizer])
+    for step in run.steps():
+        batch = batch_at(rankings, cfg.batch_size, step, cfg.seed)
+        losses = []
+        for ranked in ranked_passes(batch, cfg):
+            logprobs = token_logprobs(policy, ranked.tokens, ranked.mask)
+            with torch.no_grad():
+                ref_logprobs = token_logprobs(ref, ranked.tokens, ranked.mask)
+            rewards = implicit_rewards(logprobs, ref_logprobs, ranked.mask, cfg.beta)
+            loss = pairwise_loss(rewards, ranked.ranks, ranked.groups, untied(batch))
+            loss.backward()
+            losses.append({"loss": loss.item()})
+        metrics = totals(losses)
+        learning_rate = cfg.learning_rate * schedule(step, total, warmup=0.1)
+        metrics["grad_norm"] = update(policy, optimizer, learning_rate)
+        run.log(metrics, "loss")
+    run.finish(policy)
 
-def implicit_scores(ref: GPT, policy: GPT, rows: list[tuple], cfg: DPO) -> Tensor:
-    """(8) of each row (ids, prompt_len), in microbatches: (N,)."""
-    rewards = []
-    for _, tokens, mask in microbatches(rows, range(len(rows)), cfg):
-        logs = (token_logprobs(model, tokens, mask) for model in (policy, ref))
-        rewards.append(implicit_rewards(*logs, mask, cfg.beta))
-    return torch.cat(rewards)
-
-# ---- Evaluation ----------------------------------------------------------------------------------
+# ---- Evaluation and chat ---------------------------------------------------------------
 
 def win_rate(own: np.ndarray, other: np.ndarray) -> tuple[float, float]:
-    """The share of prompts (N,) where `own` is better, ties half; half its 95 % interval's width.
-    Judging both orders would change nothing: win_rate(a, b) + win_rate(b, a) = 1."""
+    """How often `own` is better than `other`, prompt by prompt (N,), where a tie counts half.
+
+    Returns the share, and half the width of its 95 % interval (normal approximation, over
+    prompts).
+    """
     outcomes = (own > other) + 0.5 * (own == other)
-    return float(outcomes.mean()), float(1.96 * outcomes.std() / len(outcomes) ** 0.5)
+    return float(outcomes.mean()), float(1.96 * outcomes.std() / math.sqrt(len(outcomes)))
 
-@torch.no_grad()
-def measure(policy: GPT, prompts: list, rows: list[dict], ref, reward, gold, tokenizer, cfg):
-    """One row of the table, {column: value}, and each prompt's gold score (N,). `prompts` are the
-    ids of `rows`, after examples perhaps; `ref`, `reward` and `gold` may be None."""
-    tokens, mask, _ = complete(policy, prompts, tokenizer.eot_token, cfg.max_new_tokens)
-    answers, result, totals = responses(tokens, mask), {}, None
-    plain = [(row["prompt_ids"] + ids, len(row["prompt_ids"])) for row, ids in zip(rows, answers)]
-    if gold:  # who goes on to speak for the human as well is judged by their own turn
-        turns = [own_turn(decode(tokenizer, ids)) for ids in answers]
-        axes = [gold(row, turn) for row, turn in zip(rows, turns)]
-        result |= {axis: np.mean([x[axis] for x in axes]) for axis in axes[0]}
-        totals = np.array([sum(x.values()) for x in axes])
-    if reward:
-        result["RM score"] = score_rows(reward, [ids for ids, _ in plain], cfg).mean().item()
-    if ref:  # the mean over prompts of log pi(y|x) - log ref(y|x), in nats
-        own = [(prompt + ids, len(prompt)) for prompt, ids in zip(prompts, answers)]
-        per_token = lm_pass(ref, plain, cfg) - lm_pass(policy, own, cfg)
-        result["KL"] = per_token * mask.sum(1).mean().item()
-    result["length"] = mask.sum(1).mean().item()
-    result["EOS"] = np.mean([ids[-1] == tokenizer.eot_token for ids in answers])
-    return result, totals
-
-def few_shot(examples: list[list[int]], prompt: list[int], room: int) -> list[int]:
-    """The prompt after as many of the examples as there is room for."""
-    while examples and sum(map(len, examples)) + len(prompt) > room:
-        examples = examples[1:]
-    return sum(examples, []) + prompt
-
-def probe_accuracy(policy: GPT, probes: list[dict], tokenizer) -> float:
-    """The share of in-context tasks to which the likeliest continuation begins with the answer."""
-    prompts = [row["prompt_ids"] for row in probes]
-    tokens, mask, _ = complete(policy, prompts, tokenizer.eot_token, 16, temperature=0)
-    guesses = [decode(tokenizer, ids) for ids in responses(tokens, mask)]
-    return np.mean([guess.startswith(row["completion"]) for guess, row in zip(guesses, probes)])
+def probe_accuracy(policy: GPT, probes: list[dict], tokenizer, max_new_tokens: int) -> float:
+    """The share of in-context tasks whose greedy continuation begins with the answer."""
+    prompts = [probe["prompt_ids"] for probe in probes]
+    responses = complete(policy, prompts, tokenizer.eot_token, max_new_tokens, temperature=0)
+    right = 0
+    for probe, response in zip(probes, responses):
+        right += decode(tokenizer, response).startswith(probe["completion"])
+    return right / len(probes)
 
 def evaluate(cfg: Evaluate) -> None:
-    """What each stage did, on held-out prompts: a table on the terminal, in Markdown, in JSON."""
-    tokenizer, data = get_tokenizer(cfg.data), Path(cfg.data)
-    titles = [x for x in cfg.models.split(",") if checkpoint(cfg, x.split("+")[0]).exists()]
-    if not titles:
-        raise UserError(f"none of {cfg.models} is in {cfg.out}: train one first")
-    longest = room(load(cfg, titles[0].split("+")[0]), cfg)
-    rows = read_rows(data / "prompts_valid.jsonl", tokenizer, longest, "prompt")
-    files = [data / "probes.jsonl", data / "fewshot.jsonl"]
-    needs = tokenizer, longest, "prompt", "completion"
-    probes, examples = (read_rows(file, *needs) if file.exists() else [] for file in files)
-    wanted = (cfg.reference, GPT), (cfg.reward_model, ScalarModel)
-    ref, reward = (load(cfg, *x) if checkpoint(cfg, x[0]).exists() else None for x in wanted)
-    results, golds, gold = {}, {}, gold_function(rows, cfg.gold)
-    for title in titles:
-        name, _, prompted = title.partition("+")
-        if prompted and not examples:
-            continue
+    """Compare models on held-out prompts: a table on the terminal, in Markdown and in
+    JSON."""
+    tokenizer = get_tokenizer(cfg.data)
+    eos = tokenizer.eot_token
+    data = Path(cfg.data)
+    policies = {}  # "gpt+fewshot" is gpt with two examples before each prompt
+    for title in cfg.models.split(","):
+        name = title.strip().split("+")[0]
+        if checkpoint(cfg, name).exists():
+            policies[title.strip()] = load(cfg, name)
+        else:
+            print(f"{title.strip()} is left out: there is no {checkpoint(cfg, name)}")
+    if not policies:
+        raise UserError(f"none of the --models {cfg.models} is in {cfg.out}: train one first")
+    ref = load_if_there(cfg, cfg.reference, GPT)
+    reward_model = load_if_there(cfg, cfg.reward_model, ScalarModel)
+    readers = [model for model in (*policies.values(), ref, reward_model) if model]
+    longest = longest_prompt(readers, cfg)
+    records = read_prompts(data / "prompts_valid.jsonl", tokenizer, longest)
+    gold = gold_function(records, cfg.gold)
+    probes = []
+    if (data / "probes.jsonl").exists():
+        probes = read_prompts(data / "probes.jsonl", tokenizer, longest, "completion")
+    shots = []
+    if (data / "fewshot.jsonl").exists():
+        for example in read_demonstrations(data / "fewshot.jsonl", tokenizer, longest):
+            shots += example.ids[:-1]  # without the EOS
+    table = {}
+    gold_scores = {}
+    for title, policy in policies.items():
         torch.manual_seed(cfg.seed)
-        policy, shots = load(cfg, name), [row["ids"][0][:-1] for row in examples if prompted]
-        prompts = [few_shot(shots, row["prompt_ids"], longest) for row in rows]
-        result, golds[title] = measure(policy, prompts, rows, ref, reward, gold, tokenizer, cfg)
-        results[title] = result | {"held-out loss": heldout_loss(policy, tokenizer, cfg)}
+        prompts = [record["prompt_ids"] for record in records]
+        shown = prompts
+        if "+" in title:
+            shown = [(shots + prompt)[-longest:] for prompt in prompts]
+        responses = complete(policy, shown, eos, cfg.max_new_tokens)
+        examples = behind(prompts, responses)
+        row = {}
+        if gold:  # a model that goes on to speak for the human is judged by its own turn
+            turns = [own_turn(decode(tokenizer, response)) for response in responses]
+            axes = [gold(record, turn) for record, turn in zip(records, turns)]
+            for axis in axes[0]:
+                row[axis] = float(np.mean([judged[axis] for judged in axes]))
+            gold_scores[title] = np.array([sum(judged.values()) for judged in axes])
+        if reward_model:
+            sequences = [example.ids for example in examples]
+            row["RM score"] = score(reward_model, sequences, cfg).mean().item()
+        row["length"] = float(np.mean([len(response) for response in responses]))
+        if ref:  # mean over prompts of log pi(y|x) - log ref(y|x), in nats
+            own_loss = lm_pass(policy, behind(shown, responses), cfg)
+            row["KL"] = (lm_pass(ref, examples, cfg) - own_loss) * row["length"]
+        row["EOS"] = float(np.mean([response[-1] == eos for response in responses]))
+        heldout = read_heldout(tokenizer, policy, cfg)
+        if heldout:
+            row["held-out loss"] = lm_pass(policy, heldout, cfg)
         if probes:
-            results[title]["in-context"] = probe_accuracy(policy, probes, tokenizer)
-    for title in results if gold and cfg.baseline in results else ():
-        rate, margin = win_rate(golds[title], golds[cfg.baseline])
-        results[title] = {"win rate": rate, "±": margin, **results[title]}
-    texts = {title: {key: f"{x:.3f}" for key, x in row.items()} for title, row in results.items()}
-    print(table := markdown(texts, "model"))
-    content = json.dumps({"table": results, "gold": golds}, default=np.ndarray.tolist)
-    for suffix, text in ((".md", table), (".json", content)):
+            row["in-context"] = probe_accuracy(policy, probes, tokenizer, cfg.max_new_tokens)
+        table[title] = row
+    if gold and cfg.baseline not in table:
+        print(f"There are no win rates, as --baseline {cfg.baseline} is not in the table.")
+    if cfg.baseline in gold_scores:
+        for title in table:
+            rate, margin = win_rate(gold_scores[title], gold_scores[cfg.baseline])
+            table[title] = {"win rate": rate, "±": margin, **table[title]}
+    print(markdown(table))
+    gold_lists = {title: scores.tolist() for title, scores in gold_scores.items()}
+    content = json.dumps({"table": table, "gold": gold_lists})
+    for suffix, text in ((".md", markdown(table)), (".json", content)):
         with replacing(Path(cfg.out) / (cfg.name + suffix)) as file:
             file.write(f"{text}\n".encode())
 
-# ---- Chat, and the command line ------------------------------------------------------------------
+def load_if_there(cfg: Evaluate, name: str, kind: type):
+    """The model, or None, and a line that says which columns are missing for want of it."""
+    if checkpoint(cfg, name).exists():
+        return load(cfg, name, kind)
+    print(f"There is no {checkpoint(cfg, name)}: its column is left out.")
+
+def markdown(table: dict[str, dict[str, float]]) -> str:
+    """{row: {column: value}} -> a Markdown table."""
+    columns = list(next(iter(table.values())))
+    lines = ["| model | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for title, row in table.items():
+        cells = [f"{row[column]:.3f}" for column in columns]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 def chat(cfg: Chat) -> None:
-    """Talk to a model in the terminal; an empty line, Ctrl-C or Ctrl-D ends it."""
-    tokenizer, policy, messages = get_tokenizer(cfg.data), load(cfg, cfg.model), []
-    longest = room(policy, cfg)
+    """Talk to a model in the terminal; an empty line, Ctrl-C or Ctrl-D ends the
+    conversation."""
+    tokenizer = get_tokenizer(cfg.data)
+    policy = load(cfg, cfg.model)
+    longest = longest_prompt([policy], cfg)
+    messages = []
     while text := input("\nHuman: ").strip():
         messages.append({"role": "user", "content": text})
-        while len(ids := encode(tokenizer, render(messages))) > longest and len(messages) > 1:
-            print("(No room: the oldest question and answer are forgotten.)")
+        ids = encode(tokenizer, render(messages))
+        while len(ids) > longest and len(messages) > 1:
+            print("(The context is full: the oldest question and answer are forgotten.)")
             messages = messages[2:]
+            ids = encode(tokenizer, render(messages))
         if len(ids) > longest:
-            print("(No room: only the end of this is read.)")
-        print("Assistant:", end="", flush=True)
-        pieces = []
-        for piece in speak(policy, ids[-longest:], tokenizer, cfg):
-            print(piece, end="", flush=True)
-            pieces.append(piece)
-        messages.append({"role": "assistant", "content": "".join(pieces).strip()})
+            print(f"(This is too long: only the last {longest} tokens are read.)")
+        responses = complete(policy, [ids[-longest:]], tokenizer.eot_token, cfg.max_new_tokens,
+                             cfg.temperature)
+        reply = own_turn(decode(tokenizer, responses[0])).strip()
+        print("Assistant:", printable(reply))
+        messages.append({"role": "assistant", "content": reply})
 
-def speak(policy: GPT, ids: list[int], tokenizer, cfg: Chat):
-    """Yields the reply as it is sampled, in whole characters, control characters left out."""
-    decoder, eos = codecs.getincrementaldecoder("utf-8")("replace"), tokenizer.eot_token
-    for _, token in stream(policy, [ids], cfg.max_new_tokens, eos, cfg.temperature):
-        if token.item() != eos:
-            yield printable(decoder.decode(tokenizer.decode_single_token_bytes(token.item())))
+# ---- Checkpoints -----------------------------------------------------------------------
+
+def checkpoint(cfg: Settings, name: str) -> Path:
+    """out/<name>.pt; a name that ends in .pt is a path already."""
+    return Path(name) if name.endswith(".pt") else Path(cfg.out) / f"{name}.pt"
+
+def save(path: Path, model: GPT | ScalarModel) -> None:
+    """Write a checkpoint of plain types and tensors, whole or not at all."""
+    content = {"kind": type(model).__name__, "config": asdict(model.config)}
+    if RANK == 0:
+        with replacing(path) as file:
+            torch.save(content | {"model": model.state_dict()}, file)
+
+def read_tensors(path: Path) -> dict:
+    """What was saved. UserError if it is missing, damaged, or holds more than plain
+    values."""
+    if not path.exists():
+        raise UserError(f"there is no {path}: train it first")
+    try:
+        if ZipFile(path).testzip():  # torch does not compare checksums
+            raise ValueError
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception:  # a damaged file may raise nearly anything
+        raise UserError(f"{path} is damaged or not a checkpoint: train it again") from None
+
+def load(cfg: Settings, name: str, kind: type = GPT, dropout: float = 0.0) -> GPT | ScalarModel:
+    """The model of a checkpoint, in eval mode.
+
+    Raises UserError if it is missing, damaged, of another kind, or trained on another
+    vocabulary than that of the data.
+    """
+    path = checkpoint(cfg, name)
+    content = read_tensors(path)
+    if content.get("kind") != kind.__name__:
+        raise UserError(f"{path} holds a {content.get('kind')}, but a {kind.__name__} is needed")
+    try:
+        config = GPTConfig(**content["config"] | {"dropout": dropout})
+        model = kind(config)
+        model.load_state_dict(content["model"])
+    except Exception:
+        raise UserError(f"{path} does not fit its own description: train it again") from None
+    if cfg.data:
+        tokenizer = get_tokenizer(cfg.data)
+        known = config.vocabulary or fingerprint(tokenizer)
+        if (config.vocab_size, known) != (tokenizer.n_vocab, fingerprint(tokenizer)):
+            raise UserError(f"{path} was trained on another vocabulary than that of {cfg.data}")
+    return model.float().to(cfg.device).eval()
+
+def longest_prompt(models: list, cfg: Settings) -> int:
+    """The longest prompt, in tokens, that leaves all of the models room for a response."""
+    context = min(model.config.block_size for model in models)
+    if cfg.max_new_tokens >= context:
+        flag = f"--max_new_tokens {cfg.max_new_tokens}"
+        raise UserError(f"{flag} leaves no room for a prompt in a context of {context} tokens")
+    return context - cfg.max_new_tokens
+
+# ---- A run: its log, and how it goes on after a stop -----------------------------------
+
+class Run:
+    """What a stage that trains leaves in out/<name>/: metrics.jsonl and state.pt.
+
+    No state of a random generator is saved: each step has seeds of its own, so step n is the
+    same whoever starts it. Killed at any moment, --resume goes on from the last save. `files`
+    are those of the data set that decide the outcome, `parts` the models and optimizers that
+    change.
+    """
+    def __init__(self, cfg: Training, total: int, files: list[str], parts: list):
+        self.cfg = cfg
+        self.total = total
+        self.parts = parts
+        self.step = 0
+        self.best = -math.inf  # the best validation score so far, for stages that have one
+        self.stop_asked = False
+        self.identity = {}
+        for flag, value in asdict(cfg).items():
+            if flag not in ("data", "out", "gold", "resume", "save_minutes", "microbatch_size"):
+                self.identity[f"--{flag}"] = str(value)
+            if flag in ("init", "reward_model", "value_init") and value:
+                self.identity[f"{value} (--{flag})"] = digest(checkpoint(cfg, value))
+        for name in ("tokenizer.tiktoken", *files):
+            self.identity[name] = digest(Path(cfg.data) / name)
+        self.state_path = Path(cfg.out) / cfg.name / "state.pt"
+        self.state_path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(os.devnull if RANK else self.state_path.with_name("metrics.jsonl"), "a")
+        if RANK == 0 and not lock(self.file):
+            raise UserError(f"another run is at work in {self.state_path.parent}; give a --name")
+        self.began = time.time()
+        if cfg.resume and self.state_path.exists():
+            self.restore(read_tensors(self.state_path))
+        if self.step == 0 and RANK == 0:  # a new run
+            self.state_path.unlink(missing_ok=True)
+            self.file.truncate(0)
+
+    def restore(self, state: dict) -> None:
+        if "identity" not in state:
+            raise UserError(f"{self.state_path} is not the state of a run: delete it")
+        before = state["identity"]
+        changed = [key for key in self.identity if before.get(key) != self.identity[key]]
+        if changed:
+            advice = "run it again without --resume, or with another --name"
+            raise UserError(f"{', '.join(changed)} changed since this run was begun; {advice}")
+        if state["finished"]:
+            if checkpoint(self.cfg, self.cfg.name).exists():
+                print(f"{self.cfg.name}: finished already")
+                sys.exit()
+            return
+        for part, content in zip(self.parts, state["parts"]):
+            part.load_state_dict(content)
+        self.step = state["step"]
+        self.best = state["best"]
+        if RANK == 0:
+            self.file.truncate(state["log_bytes"])
+
+    def steps(self):
+        """Yield the steps that are left, each with its own random seed, and save in
+        between."""
+        saved = time.time()
+        self.bar = tqdm(total=self.total, initial=self.step, desc=self.cfg.name, disable=RANK > 0)
+        handlers = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, self.ask_to_stop)
+        try:
+            while self.step < self.total:
+                seed = np.random.SeedSequence([self.cfg.seed, self.step, RANK]).generate_state(1)
+                torch.manual_seed(int(seed[0]))
+                yield self.step
+                self.step += 1
+                stop = any(gather(self.stop_asked))
+                if stop or time.time() - saved >= 60 * self.cfg.save_minutes:
+                    self.save(finished=False)
+                    saved = time.time()
+                if stop:
+                    raise KeyboardInterrupt(f"after step {self.step}; --resume continues there")
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def ask_to_stop(self, *_) -> None:
+        """Ctrl-C and SIGTERM: finish the step and save; the second time, stop at once."""
+        if self.stop_asked:
+            raise KeyboardInterrupt("at once")
+        self.stop_asked = True
+        tqdm.write("Stopping after this step.")
+
+    def log(self, metrics: dict[str, float], *shown: str) -> None:
+        """Write a line of metrics.jsonl; the keys in `shown` appear beside the progress
+        bar."""
+        line = {"step": self.step + 1, "seconds": round(time.time() - self.began, 2), **metrics}
+        print(json.dumps(line), file=self.file, flush=True)
+        self.bar.set_postfix({key: f"{metrics[key]:.3g}" for key in shown}, refresh=False)
+        self.bar.update()
+
+    def save(self, finished: bool) -> None:
+        state = {"identity": self.identity, "finished": finished}
+        if not finished:
+            contents = [part.state_dict() for part in self.parts]
+            state |= {"step": self.step, "best": self.best, "parts": contents}
+            state["log_bytes"] = self.file.tell()
+        if RANK == 0:
+            with replacing(self.state_path) as file:
+                torch.save(state, file)
+
+    def finish(self, model: GPT | ScalarModel | None) -> None:
+        """Save the model, unless that has been done. There is nothing to resume any more."""
+        if model is not None:
+            save(checkpoint(self.cfg, self.cfg.name), model)
+        self.save(finished=True)
+        self.file.close()
+        self.bar.close()
+
+def describe(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{key} {value:.3f}" for key, value in metrics.items())
+
+# ---- The command line ------------------------------------------------------------------
+
+def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
+    """A flag for every field of a settings class, with the comment beside the field as its
+    help.
+    """
+    comments = {}
+    for ancestor in reversed(settings.__mro__[:-1]):
+        found = re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(ancestor), re.M)
+        comments |= dict(found)
+    for field in fields(settings):
+        text = f"{comments.get(field.name, '')} [{field.default}]".replace("%", "%%")
+        options = {"default": field.default, "help": text}
+        kind = (get_args(field.type) or [field.type])[0]  # of float | None, the first
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif kind in (int, float):
+            options["type"] = kind
+        parser.add_argument(f"--{field.name}", choices=CHOICES.get(field.name), **options)
+
+def settle(cfg: Settings) -> None:
+    """Refuse numbers that make no sense, and decide what "auto" means on this machine."""
+    for name, value in asdict(cfg).items():
+        low, high = LIMITS.get(name, (-math.inf, math.inf))
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            raise UserError(f"--{name} {value} should be from {low} to {high}")
+    if getattr(cfg, "name", None) in (getattr(cfg, "init", ""), getattr(cfg, "reward_model", "")):
+        raise UserError(f"--name {cfg.name} is a model that this run starts from")
+    if cfg.device == "auto":
+        cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no GPU here; leave the flag out")
+    if cfg.dtype == "auto":
+        cfg.dtype = "bfloat16" if cfg.device == "cuda" else "float32"
+
+def tune_cpu() -> None:
+    """Two settings for training on a CPU under Linux; tests/README.md says what each gains.
+
+    glibc hands freed memory back to the system, and the next tensor pays for new pages: keep
+    it. On AMD's processors oneDNN multiplies float32 twice as fast as MKL, and as exactly.
+    "medium" selects it; the fused attention kernel is slow with it, and so attention is left
+    unfused.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping for large blocks
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: do not return what is free
+    if "AuthenticAMD" in Path("/proc/cpuinfo").read_text():
+        torch.set_float32_matmul_precision("medium")
+        torch.backends.cuda.enable_flash_sdp(False)  # in spite of its name, on CPUs as well
+
+def run_stage(stage, cfg: Settings) -> None:
+    """Run a stage. Whatever the user can mend ends in one sentence."""
+    if RANK > 0 and not isinstance(cfg, Training):  # the rest is work for one process
+        return
+    try:
+        settle(cfg)
+        if sys.platform == "linux":
+            tune_cpu()
+        torch.manual_seed(cfg.seed)
+        half = cfg.dtype == "bfloat16"
+        # without a cache of weights in bfloat16, which a recorded step cannot use
+        with torch.autocast(cfg.device, torch.bfloat16, half, cache_enabled=False):
+            with joined(cfg.device):
+                stage(cfg)
+    except UserError as error:
+        sys.exit(f"{stage.__name__}: {error}")
+    except OSError as error:
+        sys.exit(f"{stage.__name__}: {error.filename or cfg.out}: {error.strerror or error}")
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in repr(error).lower():
+            raise
+        size = f"--microbatch_size, now {cfg.microbatch_size}"
+        sys.exit(f"{stage.__name__}: out of memory; lower {size}, or --max_new_tokens")
+    except EOFError:  # the end of what a person types
+        print()
+    except KeyboardInterrupt as error:
+        sys.exit(f"\n{stage.__name__}: stopped {error}")
 
 STAGES = {stage.__name__: stage for stage in (pretrain, sft, rm, ppo, dpo, evaluate, chat)}
 
 def main(argv: list[str] | None = None) -> None:
     """python rlhf.py STAGE --flag value"""
-    run_one(STAGES, __doc__, argv)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="stage", required=True)
+    for name, stage in STAGES.items():
+        summary = stage.__doc__.split("\n")[0]
+        command = commands.add_parser(name, help=summary, allow_abbrev=False)
+        add_flags(command, stage.__annotations__["cfg"])
+    flags = vars(parser.parse_args(argv))
+    stage = STAGES[flags.pop("stage")]
+    run_stage(stage, stage.__annotations__["cfg"](**flags))
 
 if __name__ == "__main__":
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(errors="replace")  # a stray character is no reason to stop
     main()

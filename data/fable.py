@@ -16,12 +16,16 @@ is not found is not of this world. So the gold score is sure of what a text says
 Everything here is scripted and made up. Harmful requests are mild on purpose.
 """
 
+import base64
 import re
+from collections import Counter
 from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
 
-from data.formats import EOT
+import regex  # comes with tiktoken
+
+from data.files import EOT, GPT2_SPLIT
 
 # ---------------------------------------------------------------- the world
 
@@ -1045,3 +1049,89 @@ FEWSHOT = [
      "completion": " One day the duck went to the lake. It danced and sang. "
                    "It laughed all day. Then it jumped for joy."},
 ]
+
+
+# ---------------------------------------------------------------- the vocabulary
+
+def train_bpe(text: str, vocab_size: int = 1024) -> list[bytes]:
+    """The 256 bytes, then merges of the most frequent pair; one place is left for <|endoftext|>."""
+    counts = Counter()
+    for part in text.split(EOT):
+        counts.update(regex.findall(GPT2_SPLIT, part))
+    words = [([bytes([b]) for b in word.encode()], n) for word, n in sorted(counts.items())]
+    vocab = [bytes([b]) for b in range(256)]
+    pairs = pair_counts(words)
+    while len(vocab) < vocab_size - 1 and pairs:
+        # of two equally frequent pairs, the later in the alphabet
+        pair = max(pairs, key=lambda p: (pairs[p], p))
+        vocab.append(pair[0] + pair[1])
+        touched = [i for i, (word, _) in enumerate(words) if pair in zip(word, word[1:])]
+        pairs.subtract(pair_counts(words[i] for i in touched))
+        for i in touched:
+            words[i] = (merged(words[i][0], pair), words[i][1])
+        pairs.update(pair_counts(words[i] for i in touched))
+        pairs += Counter()  # drops the pairs that no word has any more
+    vocab = list(dict.fromkeys(vocab))
+    return vocab + fillers(vocab, vocab_size - 1 - len(vocab))
+
+
+def pair_counts(words) -> Counter:
+    pairs = Counter()
+    for word, n in words:
+        for pair in zip(word, word[1:]):
+            pairs[pair] += n
+    return pairs
+
+
+def merged(word: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
+    out = []
+    for piece in word:
+        if out and (out[-1], piece) == pair:
+            out[-1] += piece
+        else:
+            out.append(piece)
+    return out
+
+
+def fillers(vocab: list[bytes], count: int) -> list[bytes]:
+    """A text with few words runs out of pairs: pairs of rare bytes keep the size as asked."""
+    pairs = (bytes([a, b]) for a in range(255, 127, -1) for b in range(255, 127, -1))
+    return [pair for pair in pairs if pair not in vocab][:count]
+
+
+def tiktoken_file(vocab: list[bytes]) -> str:
+    ranked = [(base64.b64encode(token).decode(), rank) for rank, token in enumerate(vocab)]
+    return "".join(f"{token} {rank}\n" for token, rank in ranked)
+
+
+# ---------------------------------------------------------------- what a person sees
+
+def show(count: int, seed: int):
+    """Samples of everything, for a person to read."""
+    rng = Random(seed)
+    print("=== pretraining documents")
+    for _ in range(count):
+        print(pretrain_document(rng).strip(), end="\n---\n")
+    for task in TASKS:
+        print(f"\n=== {task}: prompts and demonstrations, with their gold score")
+        for i in range(max(1, count // 4)):
+            row = ask(rng, task, "customer" if i % 2 else "labeler")
+            answer = labeled(row, rng)
+            print(f"{row['prompt'].strip()}{answer}\n    {axes(row, answer)}")
+    show_ranking(rng)
+    print("\n=== probes: what is to follow stands in brackets")
+    for row in probes(rng, max(3, count // 4)):
+        print(f"{row['prompt']}[{row['completion']}]", end="\n---\n")
+
+
+def show_ranking(rng: Random):
+    row = ask(rng, "generation")
+    answers = [labeled(row, rng) for _ in range(6)]
+    ranks = [rank(labeler, row, answers, rng) for labeler in TRAIN_LABELERS]
+    print(f"\n=== a ranking: one column a scripted labeler, 0 is best\n{row['prompt'].strip()}")
+    for i, answer in enumerate(answers):
+        print(f"  {' '.join(str(rank[i]) for rank in ranks)}  {axes(row, answer)} {answer}")
+
+
+def axes(row: dict, answer: str) -> str:
+    return "  ".join(f"{axis} {value:.2f}" for axis, value in gold(row, answer).items())

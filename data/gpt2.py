@@ -1,351 +1,240 @@
-"""GPT-2's weights as our checkpoint, and our models as folders that `transformers` reads.
+"""GPT-2's weights as a checkpoint, and checkpoints as folders that `transformers` reads.
 
-    python data/gpt2.py load gpt2                 the hub's weights -> out/gpt.pt, where sft begins
-    python data/gpt2.py load folder --out out2    the same from a local folder
-    python data/gpt2.py save out/ppo_ptx.pt folder    and back; a reward model as well
-
-Hugging Face's layout is a folder with config.json and model.safetensors, or pytorch_model.bin in
-older ones. Its names are ours; its four matrices of a block, written for x W, are our transposed.
+    python data/gpt2.py load gpt2                    the hub's weights -> out/gpt.pt, for SFT
+    python data/gpt2.py load FOLDER --data out/mine  a folder's, for that data's tokenizer
+    python data/gpt2.py save out/ppo_ptx.pt FOLDER   a policy or a reward model -> a folder
 """
 
 import argparse
 import json
-import math
 import os
 import re
 import sys
+from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
+from types import SimpleNamespace
 
+import numpy as np
 import torch
-from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # so that `python data/gpt2.py` finds rlhf.py
-import cli  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import rlhf  # noqa: E402
-from data.download import fetch  # noqa: E402
-from data.formats import UserError, printable, replacing  # noqa: E402
-from data.rows import brief  # noqa: E402
+from data.files import UserError, fingerprint, get_tokenizer, replacing  # noqa: E402
 from model import GPT, GPTConfig, ScalarModel  # noqa: E402
 
-# openai-community/NAME on the hub: the revision, and the SHA-256 of its model.safetensors (None:
-# the one that the hub names is taken)
-HUB = {
-    "gpt2": ("607a30d783dfa663caf39e06633721c8d4cfcd7e",
-             "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"),
-    "gpt2-medium": ("6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
-                    "fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd"),
-    "gpt2-large": ("32b71b12589c2f8d625668d2335a01cac3249519", None),
-    "gpt2-xl": ("15ea56dee5df4983c59b2538573817e1667135e2",
-                "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"),
+HUB = {  # revision, start of the SHA-256 of model.safetensors ("": unknown)
+    "gpt2": ("607a30d783dfa663caf39e06633721c8d4cfcd7e", "248dfc3911869ec493c76e65"),
+    "gpt2-medium": ("6dcaa7a952f72f9298047fd5137cd6e4f05f41da", "fc5a354a19255ad494f3d715"),
+    "gpt2-large": ("32b71b12589c2f8d625668d2335a01cac3249519", ""),
+    "gpt2-xl": ("15ea56dee5df4983c59b2538573817e1667135e2", "0f8b28eb05a8075f48b61b6f"),
 }
-SIZES = {"vocab_size": "vocab_size", "block_size": "n_positions", "n_layer": "n_layer",
-         "n_head": "n_head", "n_embd": "n_embd"}  # our name -> config.json's
-FIXED = {  # what our model does, in config.json's words; the values are also its defaults
+GPT2_VOCABULARY = "af0cef9ba46f5448"  # fingerprint of GPT-2's tokenizer
+SIZES = {"vocab_size": "vocab_size", "n_positions": "block_size", "n_layer": "n_layer",
+         "n_head": "n_head", "n_embd": "n_embd"}  # config.json's name -> ours
+FIXED = {  # how our model computes, in config.json's words and with its defaults
     "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-    "n_inner": None, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False, "tie_word_embeddings": True,
 }
-TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-BUFFERS = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # causal masks, saved by old versions
-NAME = re.compile(r"[ -~]{1,200}")  # ASCII that can be seen, as it is printed
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
-}
-PAD = 187  # in GPT-2's vocabulary the byte 0xff, which no text in UTF-8 has
-LONGEST_HEADER = 100_000_000  # bytes, as in the format's own reader
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # in `transformers`
+PREFIXES = re.compile(r"(transformer\.|module\.|_orig_mod\.)*")  # also of torch's wrappers
+MASK = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # causal masks, saved by old versions
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "BOOL": torch.bool, "U8": torch.uint8}  # the last two are for masks
+PADDING = 1024  # vocabularies are padded to a multiple of at most this
+PAD_TOKEN = 187  # the byte 0xff in GPT-2's vocabulary, which no UTF-8 text contains
 
-
-# ---------------------------------------------------------------- the safetensors format
-
-def read_entry(name: str, entry: dict) -> tuple[int, int, str, torch.dtype, list[int]]:
-    """start, end, name, dtype, shape of a tensor; ValueError unless all are as the format has them
-    and the bytes are as many as the shape needs."""
-    if not NAME.fullmatch(name):
-        raise ValueError(f"a tensor cannot have the name {brief(name)}")
+@contextmanager
+def explained(source, todo=f"use another folder, or one of {', '.join(HUB)}"):
+    """Turn whatever a damaged or foreign file raises, in a dozen ways, into a UserError."""
     try:
-        dtype, shape, (start, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        whole = all(type(n) is int and abs(n) < 2**63 for n in (*shape, start, end))
-        whole = whole and len(shape) <= 8 and min([1, *shape]) > 0
-    except (LookupError, TypeError, ValueError):
-        whole = False
-    if not whole:
-        raise ValueError(f"{name} is described as {brief(entry)}, where a known dtype, a shape and "
-                         "two data_offsets are expected")
-    if end - start != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{name} has {end - start} bytes, its shape {shape} needs "
-                         f"{math.prod(shape) * dtype.itemsize}")
-    return start, end, name, dtype, shape
+        yield
+    except Exception as error:
+        reason = " ".join(f"{error or type(error).__name__}".split())
+        raise UserError(f"{source} cannot be used ({reason:.200}): {todo}") from None
 
+def read_config(path: Path) -> GPTConfig:
+    """Read the shape from a config.json. ValueError if our model computes something else."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    sizes = {ours: found[theirs] for theirs, ours in SIZES.items()}
+    if sizes["n_embd"] % sizes["n_head"]:
+        raise ValueError("n_embd should be a multiple of n_head")
+    for field, value in FIXED.items():
+        if found.get(field, value) != value:
+            raise ValueError(f"{field} is {found[field]!a:.60}, our model only has {value!a}")
+    return GPTConfig(**sizes)
 
-def read_header(file, size: int) -> list[tuple]:
-    """The checked entries of a safetensors file of `size` bytes, in the order of their data.
-
-    8 bytes with the length of the header, the header (JSON: name -> dtype, shape, data_offsets),
-    the data. Raises ValueError unless each tensor begins where the one before it ends, and the last
-    ends with the file: then there is no gap, no overlap and nothing out of range.
-    """
-    length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > min(size - 8, LONGEST_HEADER):
-        raise ValueError(f"{length} bytes of header in a file of {size}: cut off, or another kind")
-    header = json.loads(file.read(length).decode())
-    if not isinstance(header, dict):
-        raise ValueError("its header is not a JSON object")
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """The header's length in 8 bytes, the header in JSON, then the tensors."""
+    content = np.memmap(path, dtype=np.uint8, mode="r")  # nothing is in memory yet
+    begin = 8 + int.from_bytes(content[:8].tobytes(), "little")
+    header = json.loads(content[8:begin].tobytes())
     header.pop("__metadata__", None)
-    entries, position = sorted(read_entry(*item) for item in header.items()), 0
-    for start, end, name, *_ in entries:
-        if start != position:
-            raise ValueError(f"{name} begins at {start}, the tensor before it ends at {position}")
-        position = end
-    if position != size - 8 - length:
-        raise ValueError(f"it holds {size - 8 - length} bytes of tensors, not {position}")
-    return entries
+    data = content[begin:]
+    tensors = {}
+    end = 0
+    for name in sorted(header, key=lambda name: header[name]["data_offsets"]):
+        dtype = DTYPES[header[name]["dtype"]]
+        start = end
+        end += dtype.itemsize * torch.Size(header[name]["shape"]).numel()
+        if header[name]["data_offsets"] != [start, end] or not start < end <= len(data):
+            raise ValueError(f"{name!a:.80} should be bytes {start} to {end} of {len(data)}")
+        tensor = torch.frombuffer(bytearray(data[start:end]), dtype=dtype)
+        tensors[name] = tensor.view(header[name]["shape"])
+    return tensors
 
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file, as stored; the header is checked before anything is allocated.
-    Raises UserError with the file and what is wrong in it."""
-    try:
-        with open(path, "rb") as file:
-            entries, tensors = read_header(file, path.stat().st_size), {}
-            for start, end, name, dtype, shape in entries:  # they follow the header and each other
-                data = bytearray(end - start)
-                file.readinto(data)
-                tensors[name] = torch.frombuffer(data, dtype=dtype).view(shape)
-            return tensors
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as safetensors: {error}") from None
-
-
-def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """float32 tensors, contiguous or not."""
-    header, position = {"__metadata__": {"format": "pt"}}, 0  # transformers asks for this entry
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write float32 tensors."""
+    header = {"__metadata__": {"format": "pt"}}  # transformers requires this entry
+    end = 0
     for name, tensor in tensors.items():
-        end = position + 4 * tensor.numel()
-        offsets, shape = [position, end], list(tensor.shape)
-        header[name], position = {"dtype": "F32", "shape": shape, "data_offsets": offsets}, end
+        start = end
+        end += 4 * tensor.numel()
+        shape = list(tensor.shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8, as the format wants
+    text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8 bytes
     with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             file.write(tensor.detach().cpu().float().contiguous().numpy())
 
-
-# ---------------------------------------------------------------- their layout -> ours
-
-def read_config(path: Path) -> GPTConfig:
-    """The shape that a config.json describes; UserError if our model is not of its kind."""
-    try:
-        found = {**FIXED, **json.loads(path.read_text(encoding="utf-8"))}
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is not a config.json of GPT-2: {error}") from None
-    sizes = {ours: found.get(theirs) for ours, theirs in SIZES.items()}
-    for ours, theirs in SIZES.items():
-        if type(sizes[ours]) is not int or not 0 < sizes[ours] <= 10**6:
-            value = brief(sizes[ours])
-            raise UserError(f"{path}: {theirs} should be a whole number above 0, not {value}")
-    width, heads = sizes["n_embd"], sizes["n_head"]
-    if width % heads:
-        raise UserError(f"{path}: {heads} heads (n_head) cannot share a width (n_embd) of {width}")
-    if found["n_inner"] == 4 * width:
-        found["n_inner"] = None
-    for field, value in FIXED.items():
-        if found[field] != value:
-            other, own = brief(found[field]), brief(value)
-            raise UserError(f"{path}: {field} is {other}, our model has {own} alone")
-    return GPTConfig(**sizes)
-
-
-def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """The file with a folder's weights, and its tensors by their names in that file."""
-    path, older = folder / "model.safetensors", folder / "pytorch_model.bin"
-    if path.exists():
-        return path, read_safetensors(path)
-    if not older.exists():
-        raise UserError(f"{folder} has no model.safetensors or pytorch_model.bin in one piece")
-    try:
-        tensors = torch.load(older, map_location="cpu", weights_only=True)
-        if not all(isinstance(x, Tensor) and type(name) is str for name, x in tensors.items()):
-            raise TypeError("not a dictionary of tensors")
-    except (OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError, AttributeError,
-            UnpicklingError) as error:
-        kind = type(error).__name__
-        raise UserError(f"{older} is not a file of tensors and nothing else ({kind})") from None
-    return older, tensors
-
-
-def plain_names(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefix `transformer.`, the masks, and the unembedding, which must be wte's."""
-    plain = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-    if len(plain) < len(tensors):
-        raise UserError(f"{path} has tensors both with and without the prefix transformer.")
-    head = plain.pop("lm_head.weight", None)
-    if head is not None and not ("wte.weight" in plain and torch.equal(head, plain["wte.weight"])):
-        raise UserError(f"{path}: lm_head.weight is not wte.weight, to which GPT-2 ties it")
-    return {name: tensor for name, tensor in plain.items() if not BUFFERS.fullmatch(name)}
-
-
-def to_ours(path: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> dict:
-    """A state dict with the names and shapes of `expected`, float32. UserError names what differs.
-
-    `tensors`, under plain names, are used up, so that hardly more than one copy is ever in memory.
-    """
-    for problem, names in (("is missing", expected.keys() - tensors.keys()),
-                           ("is not a weight of GPT-2", tensors.keys() - expected.keys())):
-        if names:
-            others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise UserError(f"{path}: {min(names)} {problem}{others}")
-    ours = {}
-    for name, like in expected.items():
-        tensor = tensors.pop(name)
-        shape = tuple(like.shape[::-1] if name.endswith(TRANSPOSED) else like.shape)
-        if tensor.shape != shape or not tensor.is_floating_point():
-            found = f"{tuple(tensor.shape)}, {tensor.dtype}"
-            raise UserError(f"{path}: {name} should have the shape {shape} and floats, not {found}")
-        tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
-        ours[name] = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    return ours
-
-
-def load_gpt2(name_or_folder: str | Path) -> GPT | ScalarModel:
-    """gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder in Hugging Face's layout; in eval mode.
-
-    A name means the hub's files (its mirror's, if $HF_ENDPOINT names one), downloaded once into
-    $RLHF_CACHE/NAME, without it ~/.cache/rlhf/NAME; a folder of that name is ./NAME. A folder whose
-    weights end in a `score` of one label gives a ScalarModel, its head's bias 0. Float32, on the
-    CPU. Raises UserError for whatever is missing, left over, of the wrong shape or not GPT-2's.
-    """
-    folder = download(name_or_folder) if name_or_folder in HUB else Path(name_or_folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is neither a folder nor one of {', '.join(HUB)}")
-    config = read_config(folder / "config.json")
-    path, tensors = read_weights(folder)
-    tensors = plain_names(path, tensors)
-    scalar = "score.weight" in tensors
-    with torch.device("meta"):  # names and shapes alone
-        model = ScalarModel(config) if scalar else GPT(config)
-    trunk = model.gpt if scalar else model
-    expected = trunk.state_dict() | ({"score.weight": model.head.weight} if scalar else {})
-    ours = to_ours(path, tensors, expected)
-    if scalar:
-        model.head.load_state_dict(
-            {"weight": ours.pop("score.weight"), "bias": torch.zeros(1)}, assign=True
-        )
-        model.score_range = torch.tensor([-torch.inf, torch.inf])  # not known
-    trunk.load_state_dict(ours, assign=True)
-    return model.eval()
-
-
-def download(name: str) -> Path:
-    """The folder of one of the HUB's models, fetched unless it is there."""
-    revision, sha256 = HUB[name]
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    folder = Path(os.environ.get("RLHF_CACHE", "~/.cache/rlhf")).expanduser() / name
-    url = f"{hub}/openai-community/{name}/resolve/{revision}"
-    fetch(f"{url}/config.json", folder / "config.json")
-    fetch(f"{url}/model.safetensors", folder / "model.safetensors", sha256)
-    return folder
-
-
-# ---------------------------------------------------------------- ours -> their layout
-
-def hub_config(model: GPT | ScalarModel) -> dict:
-    """config.json. EOS is the last id, as in GPT-2's vocabulary and in every data set's own."""
-    eos = model.config.vocab_size - 1
-    config = {
-        "architectures": ["GPT2LMHeadModel"], **FIXED,
-        **{theirs: getattr(model.config, ours) for ours, theirs in SIZES.items()},
-        "bos_token_id": eos, "eos_token_id": eos, "torch_dtype": "float32",
-    }
-    if isinstance(model, ScalarModel):
-        config["architectures"] = ["GPT2ForSequenceClassification"]
-        config |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
-        config["pad_token_id"] = min(PAD, max(0, eos - 1))
-    return config
-
-
-def hub_weights(model: GPT | ScalarModel) -> dict[str, Tensor]:
-    """The tensors under their names, none of them copied."""
-    trunk = model.gpt if isinstance(model, ScalarModel) else model
-    weights = {
-        f"transformer.{name}": tensor.t() if name.endswith(TRANSPOSED) else tensor
-        for name, tensor in trunk.state_dict().items()
-    }
-    if trunk is not model:
-        w, b = model.head.weight.detach(), model.head.bias.detach()
-        weights["score.weight"] = w
-        weights["transformer.ln_f.bias"] = trunk.ln_f.bias.detach() + b * w[0] / w[0].dot(w[0])
+def read_weights(path: Path, n_vocab: int) -> dict[str, torch.Tensor]:
+    """A float32 state dict for GPT, without masks, tied unembedding and padded rows."""
+    weights = {}
+    for full_name, tensor in read_safetensors(path).items():
+        name = PREFIXES.sub("", full_name, count=1)
+        if not MASK.fullmatch(name):
+            tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
+            weights[name] = tensor.float().contiguous()
+    wte = weights["wte.weight"]
+    if not torch.equal(weights.pop("lm_head.weight", wte), wte):
+        raise ValueError("lm_head.weight differs from wte.weight, to which GPT-2 ties it")
+    if n_vocab < len(wte) < n_vocab + PADDING:
+        print(f"{path}: the vocabulary of {len(wte):,} is cut to the tokenizer's {n_vocab:,}")
+        weights["wte.weight"] = wte[:n_vocab].clone()
     return weights
 
+def read_vocabulary(folder: Path) -> str:
+    """The fingerprint of the BPE that lies beside the weights; "" if there is none."""
+    if not (folder / "vocab.json").exists():
+        return ""
+    # Visible bytes are written as themselves, the others as the characters from 256 on.
+    visible = [byte for byte in range(256) if chr(byte).isprintable() and byte != 32]
+    byte_of = {chr(byte): byte for byte in visible}
+    for i, byte in enumerate(sorted(set(range(256)) - set(visible))):
+        byte_of[chr(256 + i)] = byte
+    with explained(f"{folder}: vocab.json or merges.txt"):
+        ids = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        tokens = {i: bytes(byte_of[c] for c in token) for token, i in ids.items()}
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        merges = [ids[line.replace(" ", "")] for line in lines if line[:8] != "#version"]
+        if merges != sorted(merges) or len(merges) != len(ids) - 257:
+            raise ValueError("the merges should be the tokens, in the same order")
+        return fingerprint(SimpleNamespace(n_vocab=len(ids), decode_single_token_bytes=tokens.get))
+
+def download(name: str) -> Path:
+    """Download a model once, into $RLHF_CACHE or ~/.cache/rlhf. $HF_ENDPOINT is a mirror."""
+    revision, sha256 = HUB[name]
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    folder = Path(os.environ.get("RLHF_CACHE", "~/.cache/rlhf")).expanduser() / name
+    for file, start in {"config.json": "", "model.safetensors": sha256}.items():
+        url = f"{hub}/openai-community/{name}/resolve/{revision}/{file}"
+        path = folder / file
+        if not path.exists():
+            with explained(url, f"try again, or save it as {path} by hand"):
+                folder.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url, str(path), hash_prefix=start)
+    return folder
+
+def load_gpt2(name_or_folder: str | Path, data: str = "") -> GPT | ScalarModel:
+    """Load a model of the HUB or a folder in float32, on the CPU, for the tokenizer of `data`.
+
+    A `score` layer makes it a ScalarModel. UserError if anything is damaged or not GPT-2's.
+    """
+    n_vocab = GPTConfig.vocab_size
+    expected = GPT2_VOCABULARY
+    if data:
+        tokenizer = get_tokenizer(data)
+        n_vocab = tokenizer.n_vocab
+        expected = fingerprint(tokenizer)
+    if name_or_folder in HUB:
+        folder = download(name_or_folder)
+        vocabulary = GPT2_VOCABULARY
+    else:
+        folder = Path(name_or_folder)
+        vocabulary = read_vocabulary(folder)
+    if vocabulary not in ("", expected):
+        raise UserError(f"{folder} has another vocabulary than {data or 'GPT-2'}: pass its --data")
+    with explained(folder / "config.json"):
+        config = read_config(folder / "config.json")
+    with explained(folder / "model.safetensors"):
+        weights = read_weights(folder / "model.safetensors", n_vocab)
+        config.vocab_size = len(weights["wte.weight"])  # without padding
+        config.vocabulary = vocabulary
+        if data and config.vocab_size != n_vocab:
+            raise ValueError(f"{config.vocab_size} tokens, where {data} has {n_vocab}")
+        kind = GPT
+        if "score.weight" in weights:
+            kind = ScalarModel
+            weights = {f"gpt.{name}": tensor for name, tensor in weights.items()}
+            weights["head.weight"] = weights.pop("gpt.score.weight")
+            weights["head.bias"] = torch.zeros(1)
+        with torch.device("meta"):  # shapes only
+            model = kind(config)
+        model.load_state_dict(weights, assign=True)
+    return model.eval()
 
 def save_gpt2(model: GPT | ScalarModel, folder: str | Path) -> None:
     """Write config.json and model.safetensors, which `transformers` loads as GPT2LMHeadModel.
 
-    A ScalarModel becomes a GPT2ForSequenceClassification with one label. Its `score` layer w has no
-    bias: ours, b, goes into the final LayerNorm's as b w / |w|^2, whose product with w is b, so the
-    scores are the same. `transformers` reads a row's score at its last token that is not
-    pad_token_id, we at EOS: whoever pads must not do it with EOS, usual as that is with GPT-2, but
-    with the pad_token_id of config.json. Raises UserError if the folder cannot be written.
+    A ScalarModel becomes a GPT2ForSequenceClassification, which has no bias: ours, b, goes into
+    the last LayerNorm as b w / |w|^2. Pad with config.json's pad_token_id: it reads the score at
+    the last other token, and we read it at EOS.
     """
-    folder = Path(folder)
-    write_safetensors(folder / "model.safetensors", hub_weights(model))
-    with replacing(folder / "config.json") as file:
-        file.write(f"{json.dumps(hub_config(model), indent=2)}\n".encode())
+    eos = model.config.vocab_size - 1  # the last id, as in GPT-2's vocabulary
+    config = FIXED | {theirs: getattr(model.config, ours) for theirs, ours in SIZES.items()}
+    config |= {"architectures": ["GPT2LMHeadModel"], "eos_token_id": eos, "bos_token_id": eos}
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        name = "transformer." + name.removeprefix("gpt.")
+        weights[name] = tensor.t() if name.endswith(TRANSPOSED) else tensor
+    if isinstance(model, ScalarModel):
+        config["architectures"] = ["GPT2ForSequenceClassification"]
+        config["id2label"] = {"0": "score"}
+        config["pad_token_id"] = min(PAD_TOKEN, max(0, eos - 1))
+        w = weights["score.weight"] = weights.pop("transformer.head.weight")
+        b = weights.pop("transformer.head.bias")
+        final = "transformer.ln_f.bias"
+        weights[final] = weights[final] + b * w[0] / w.square().sum()
+    write_safetensors(Path(folder) / "model.safetensors", weights)
+    with replacing(Path(folder) / "config.json") as file:
+        file.write(json.dumps(config, indent=2).encode())
 
-
-# ---------------------------------------------------------------- command line
-
-def load_command(args) -> None:
-    """A name or folder -> out/NAME.pt."""
-    model = load_gpt2(args.source)
-    name = args.name or ("rm" if isinstance(model, ScalarModel) else "gpt")
-    cfg = rlhf.Pretrain(out=args.out, name=name, device="cpu")  # whose place it takes
-    rlhf.save(cfg, model)
-    print(f"{rlhf.checkpoint(cfg, name)}: {describe(model)}")
-
-
-def save_command(args) -> None:
-    """A checkpoint, of a policy or of a reward model -> a folder."""
-    cfg = cli.Common(data="", out=args.out, device="cpu")  # whatever its vocabulary
-    try:
-        model = rlhf.load(cfg, args.checkpoint, GPT)
-    except UserError as error:
+def gpt2(cfg) -> None:
+    if cfg.command == "load":
+        model = load_gpt2(cfg.source, cfg.data)
+        target = rlhf.checkpoint(cfg, "rm" if isinstance(model, ScalarModel) else "gpt")
+        rlhf.save(target, model)
+    else:
+        target = cfg.folder
         try:
-            model = rlhf.load(cfg, args.checkpoint, ScalarModel)
-        except UserError:
-            raise error from None
-    save_gpt2(model, args.folder)
-    print(f"{args.folder}: {hub_config(model)['architectures'][0]}, {describe(model)}")
-
-
-def describe(model: GPT | ScalarModel) -> str:
-    count, config = sum(p.numel() for p in model.parameters()), model.config
-    return (f"{count:,} parameters, vocabulary of {config.vocab_size:,}, "
-            f"context of {config.block_size:,}")
-
+            model = rlhf.load(cfg, cfg.source, GPT)
+        except UserError:  # missing, damaged, or a reward model
+            model = rlhf.load(cfg, cfg.source, ScalarModel)
+        save_gpt2(model, target)
+    print(f"{target}: {type(model).__name__} with {model.config.vocab_size:,} tokens")
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    load = commands.add_parser("load", help=load_command.__doc__, allow_abbrev=False)
-    load.add_argument("source", help=f"{', '.join(HUB)}, or a folder")
-    load.add_argument("--name", help="of the checkpoint [gpt; rm for a reward model]")
-    save = commands.add_parser("save", help=save_command.__doc__, allow_abbrev=False)
-    save.add_argument("checkpoint", help="a file that ends in .pt, or the name of one in --out")
-    save.add_argument("folder", help="where config.json and model.safetensors go")
-    for command in (load, save):
-        command.add_argument("--out", default="out", help="folder of checkpoints [out]")
-    args = parser.parse_args(argv)
-    try:
-        {"load": load_command, "save": save_command}[args.command](args)
-    except UserError as error:
-        sys.exit(f"gpt2: {printable(str(error))}")
-    except KeyboardInterrupt:
-        sys.exit("\ngpt2: stopped")
-
+    parser.add_argument("command", choices=["load", "save"])
+    parser.add_argument("source", help="load: gpt2 or a folder; save: a checkpoint")
+    parser.add_argument("folder", nargs="?", default="exported", help="of save [exported]")
+    parser.add_argument("--data", default="", help="load: folder of its tokenizer [GPT-2's]")
+    parser.add_argument("--out", default="out", help="folder of checkpoints [out]")
+    cfg = rlhf.Settings(data="", device="cpu")
+    vars(cfg).update(vars(parser.parse_args(argv)))
+    rlhf.run_stage(gpt2, cfg)
 
 if __name__ == "__main__":
     main()

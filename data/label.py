@@ -1,242 +1,349 @@
-"""Have somebody rank completions: samples K of them per prompt and writes what `rlhf.py rm` reads.
+"""Have completions ranked by the fable's scripted labelers, a person, or a reward model.
 
-The fable's labelers are scripted: five rank for training; on the held-out prompts two others, whom
-the reward model never learns from, rank as well. One row a ranking:
-
-    {"prompt": str, "completions": [str, ...], "ranks": [int, ...], "labeler": str}    0 = best
-
---by NAME has a person rank in the terminal, --by out/rm.pt a reward model (RLAIF); a person may
-also --write demonstrations or compare two models --blind: people.py.
+A person can also write demonstrations and compare two models blind (README.md in this folder).
+Every answer is on the disk before the next question is asked.
 """
 
 import argparse
-import json
+import re
 import sys
+import textwrap
+import time
+import unicodedata
+from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain, combinations
+from itertools import combinations
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # `python data/label.py` is to find rlhf.py
-from data import answers, fable, people  # noqa: E402
-from data.formats import encode, gold_function, own_turn, printable, replacing  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import rlhf  # noqa: E402
+from data import fable, files  # noqa: E402
+from data.files import UserError, printable, read_jsonl, write_jsonl  # noqa: E402
 from model import ScalarModel  # noqa: E402
-from cli import Common, add_flags, parse, room, run  # noqa: E402
-from rlhf import (  # noqa: E402
-    UserError, complete, decode, get_tokenizer, load, read_rows, responses, score_rows
-)
 
+COLUMNS = 79
+BLOCK = 8  # prompts sampled at a time for a person: few, so that the first question comes soon
+COMMANDS = ("undo", "skip", "quit")
 
 @dataclass
-class Label(Common):
-    models: str = "sft,sft,sft,sft,gpt"  # each completion is by one of these, drawn by chance
-    k_min: int = 4  # fewest completions a prompt (paper: 4)
-    k_max: int = 9  # most (paper: 9)
-    round: int = 1  # of collecting: a later one keeps the rankings of those before it
-    by: str = "scripted"  # who ranks: scripted (the fable), a person's name, a reward model's .pt
-    prompts: str = ""  # file of prompts for a person or a model; if it has completions, of those
-    to: str = ""  # file that answers are added to; else the one that the stages read, in --data
+class Label(rlhf.Settings):
+    models: str = "sft,sft,sft,sft,gpt"  # each completion is by one of these, drawn at random
+    k_min: int = 4  # fewest completions per prompt (paper: 4)
+    k_max: int = 9  # most completions per prompt (paper: 9)
+    round: int = 1  # round of collecting; a later one keeps the rankings of earlier rounds
+    by: str = "scripted"  # who ranks: scripted, the name of a person, or a reward model's .pt
+    prompts: str = ""  # file of prompts for a person
+    to: str = ""  # file that gets a person's answers; default: the file that the stages read
+    write: bool = False  # a person writes demonstrations
+    agreement: str = ""  # print how often the labelers of this file agree
+    blind = None  # the two models of --blind
 
+class Sampler:
+    """Samples completions in the same way for everybody who ranks them."""
+
+    def __init__(self, cfg: Label):
+        if not 2 <= cfg.k_min <= cfg.k_max:
+            raise UserError(f"k_min {cfg.k_min} and k_max {cfg.k_max}: at least 2, in this order")
+        self.cfg = cfg
+        self.tokenizer = files.get_tokenizer(cfg.data)
+        self.names = cfg.blind or cfg.models.split(",")
+        self.models = {name: rlhf.load(cfg, name) for name in self.names}
+
+    def read(self, path: Path) -> list[dict]:
+        longest = rlhf.longest_prompt(list(self.models.values()), self.cfg)
+        return files.read_prompts(path, self.tokenizer, longest)
+
+    def fill(self, rows: list[dict], rng: Random) -> None:
+        """Give each row K completions by models drawn at random; if blind, one by each model.
+
+        The last of K answers another prompt. Without it the reward model never learns that a good
+        answer to the wrong question is bad, and PPO soon exploits that.
+        """
+        torch.manual_seed(rng.getrandbits(62))
+        asked = defaultdict(list)
+        for row in rows:
+            row["completions"] = []
+            authors = self.names
+            if not self.cfg.blind:
+                k = rng.randint(self.cfg.k_min, self.cfg.k_max)
+                authors = rng.choices(self.names, k=k - 1)
+            for name in authors:
+                asked[name].append(row)
+        for name, own in asked.items():
+            prompts = [row["prompt_ids"] for row in own]
+            eos = self.tokenizer.eot_token
+            responses = rlhf.complete(self.models[name], prompts, eos, self.cfg.max_new_tokens)
+            for row, ids in zip(own, responses):
+                row["completions"].append(files.own_turn(files.decode(self.tokenizer, ids)))
+        if not self.cfg.blind:
+            order = rng.sample(rows, len(rows))
+            strays = [rng.choice(row["completions"]) for row in order]
+            for row, stray in zip(order, strays[1:] + strays[:1]):
+                row["completions"].append(stray)
+
+def rank_by_machine(cfg: Label) -> None:
+    """Write comparisons.jsonl and comparisons_valid.jsonl anew, and print the agreement."""
+    if cfg.prompts or cfg.to:
+        raise UserError("--prompts and --to are for people: say --by whom")
+    earlier = {}
+    for split in ("", "_valid"):
+        path = Path(cfg.data) / f"comparisons{split}.jsonl"
+        earlier[split] = read_answers(path)
+        if any("time" in row for row in earlier[split]):
+            raise UserError(f"{path} has answers by people: move it first")
+    judge = None
+    if cfg.by != "scripted":
+        judge = rlhf.load(cfg, cfg.by, ScalarModel)
+    sampler = Sampler(cfg)
+    rng = Random(cfg.seed)
+    for split in ("", "_valid"):
+        rankings = [row for row in earlier[split] if row.get("round", 1) < cfg.round]
+        prompts = Path(cfg.data) / f"rm_prompts{split}.jsonl"
+        rows = sampler.read(prompts)
+        if not judge and "wants" not in rows[0]:
+            raise UserError(f"{prompts}: scripted labelers only know the fable, so say --by whom")
+        sampler.fill(rows, rng)
+        for row in rows:
+            labelers = [rng.choice(fable.TRAIN_LABELERS)]
+            if split == "_valid":
+                labelers = fable.TRAIN_LABELERS + fable.HELDOUT_LABELERS
+            ranks = {}
+            if judge:
+                ranks[cfg.by] = rank_by_model(judge, row, sampler)
+            else:
+                for labeler in labelers:
+                    ranks[labeler.name] = fable.rank(labeler, row, row["completions"], rng)
+            for name, own in ranks.items():
+                given = {"ranks": own, "labeler": name, "round": cfg.round}
+                rankings.append(only(row, "prompt", "completions", "task") | given)
+        path = Path(cfg.data) / f"comparisons{split}.jsonl"
+        write_jsonl(path, rankings)
+        print(f"{path}: {len(rankings)} rankings")
+    if not judge:
+        print_agreement(path)
+
+def rank_by_model(judge: ScalarModel, row: dict, sampler: Sampler) -> list[int]:
+    """Rank by score, equal texts alike. Of a long text the judge reads the end."""
+    sequences = []
+    for text in row["completions"]:
+        ids = files.example(sampler.tokenizer, row["prompt"], text).ids
+        sequences.append(ids[-judge.config.block_size :])
+    scores = rlhf.score(judge, sequences, sampler.cfg).tolist()
+    score_of = dict(zip(row["completions"], scores))
+    best_first = sorted(set(score_of.values()), reverse=True)
+    return [best_first.index(score_of[text]) for text in row["completions"]]
+
+def print_agreement(path: Path | str) -> None:
+    """Print how often labelers agree, without and with the held-out ones of the fable."""
+    rankings = read_jsonl(path, "prompt", "completions", "ranks", "labeler")
+    heldout = [labeler.name for labeler in fable.HELDOUT_LABELERS]
+    others = [row for row in rankings if row["labeler"] not in heldout]
+    print(f"labelers {agreement(others)} (paper: 72.6%)")
+    if len(others) < len(rankings):
+        print(f"with the held-out ones they {agreement(rankings)} (paper: 77.3%)")
+
+def agreement(rankings: list[dict]) -> str:
+    """How often two labelers order two completions alike; pairs that either ties do not count."""
+    ranked = defaultdict(dict)
+    for row in rankings:
+        completions = (row["prompt"], *row["completions"])
+        ranked[completions][row["labeler"]] = row["ranks"]
+    signs = []
+    for labelers in ranked.values():
+        for one, other in combinations(labelers.values(), 2):
+            for i, j in combinations(range(len(one)), 2):
+                signs.append((one[i] - one[j]) * (other[i] - other[j]))
+    untied = [sign > 0 for sign in signs if sign != 0]
+    return f"agree on {sum(untied) / max(1, len(untied)):.1%} of {len(untied)} untied pairs"
+
+# ---- People, several of whom may add to the same file at once -----------------------------------
+
+def only(row: dict, *fields: str) -> dict:
+    return {name: row[name] for name in fields if name in row}
+
+def read_answers(path: Path) -> list[dict]:
+    return read_jsonl(path) if path.exists() else []
+
+def update(path: Path, answer: dict, undo: bool = False) -> None:
+    """Add an answer, or take it back. The file is replaced as a whole, so a kill cuts no line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+        while not files.lock(file):
+            time.sleep(0.05)
+        rows = [row for row in read_answers(path) if row != answer]
+        if not undo:
+            rows.append(answer)
+        write_jsonl(path, rows)
+
+def collect(path: Path, rows: list[dict], own: dict, ask) -> list[dict]:
+    """Ask about every prompt that has no answer yet; returns all answers.
+
+    `own` is part of each answer of this labeler, also of those from earlier sessions. ask(row)
+    returns an answer or a command.
+    """
+    questions = {row["prompt"]: row for row in rows}
+    answered = {}
+    for row in read_answers(path):
+        if row.get("prompt") in questions and own.items() <= row.items():
+            answered[row["prompt"]] = row
+    left = [prompt for prompt in questions if prompt not in answered]
+    with suppress(EOFError, KeyboardInterrupt):
+        while left:
+            row = questions[left[0]]
+            progress = f"{len(answered)} of {len(questions)} answered (undo, skip or quit)"
+            print("-" * COLUMNS, progress, wrapped(row["prompt"]), sep="\n")
+            given = ask(row)
+            if given == "quit":
+                break
+            elif given == "skip":
+                left.pop(0)
+            elif given == "undo" and answered:
+                prompt, last = answered.popitem()
+                left.insert(0, prompt)
+                update(path, last, undo=True)
+            elif given != "undo":
+                given = only(row, "prompt", "completions") | given | own
+                given["time"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+                update(path, given)
+                answered[left.pop(0)] = given
+    print(f"\n{len(answered)} of {len(questions)} answered, in {path}")
+    return list(answered.values())
+
+def wrapped(text: str, mark: str = "") -> str:
+    """Make text safe to print, in lines of at most COLUMNS, indented below the mark."""
+    padded = ""
+    for character in printable(text).strip():
+        padded += character
+        if unicodedata.east_asian_width(character) in "WF":  # it takes two columns
+            padded += "\0"
+    lines = []
+    for line in padded.split("\n"):
+        lines += textwrap.wrap(line, COLUMNS - len(mark)) or [""]
+    indent = " " * len(mark)
+    return mark + f"\n{indent}".join(lines).replace("\0", "")
+
+def ranking(line: str, k: int) -> list[int]:
+    """The ranks of k answers from a line such as "2 1=3"; [] unless each answer is there once."""
+    if k == 2:
+        line = {"1": "1 2", "2": "2 1", "=": "1=2"}.get(line, line)
+    places = [equals.split("=") for equals in re.sub(r"\s*=\s*", "=", line).split()]
+    numbers = [str(i + 1) for i in range(k)]
+    if sorted(sum(places, [])) != sorted(numbers):
+        return []
+    ranks = {}
+    for rank, equals in enumerate(places):
+        ranks |= dict.fromkeys(equals, rank)
+    return [ranks[number] for number in numbers]
+
+def ask_ranks(row: dict, rng: Random) -> dict | str:
+    """Show the completions in random order until a person ranks them or gives a command."""
+    k = len(row["completions"])
+    order = rng.sample(range(k), k)
+    for number, place in enumerate(order, 1):
+        print("\n" + wrapped(row["completions"][place], f"{number}  "))
+    while True:
+        line = input("\nrank> ").strip().lower()
+        if line in COMMANDS:
+            return line
+        given = ranking(line, k)
+        if given:
+            return {"ranks": [given[order.index(place)] for place in range(k)]}
+        print(f"  each number from 1 to {k} once, best first, = between equals, as in 2 1=3")
+
+def ask_text(row: dict) -> dict | str:
+    """Read an answer, kept exactly as typed, up to a line with a single dot; or a command."""
+    print("\nWrite the answer; a line with a single dot ends it.")
+    lines = []
+    while True:
+        try:
+            line = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            if not lines:
+                raise
+            if input("\nSave these lines? y saves them, Enter goes on writing: ") != "y":
+                continue
+            line = "."
+        if not lines and line.strip().lower() in COMMANDS:
+            return line.strip().lower()
+        text = "\n".join(lines)
+        if line != ".":
+            lines.append(line)
+        elif text.strip():
+            return {"completion": f" {text}"}
+
+def ask_person(cfg: Label) -> None:
+    """A person writes demonstrations, ranks completions, or compares two models."""
+    if cfg.by.endswith(".pt") or not cfg.by.isprintable():
+        raise UserError(f"--by {cfg.by!r}: should be the name of a person")
+    if cfg.write and cfg.blind:
+        raise UserError("--write and --blind are different work: choose one of them")
+    path, to = places(cfg)
+    own = {"labeler": "you" if cfg.by == "scripted" else cfg.by}
+    if cfg.write:
+        collect(to, [only(row, "prompt") for row in read_jsonl(path, "prompt")], own, ask_text)
+        return
+    sampler = Sampler(cfg)
+    distinct = {row["prompt"]: only(row, "prompt", "prompt_ids") for row in sampler.read(path)}
+    rows = list(distinct.values())
+    own["models"] = ",".join(str(rlhf.checkpoint(cfg, name)) for name in sampler.names)
+
+    def ask(row: dict) -> dict | str:
+        start = rows.index(row) // BLOCK * BLOCK
+        if "completions" not in row:
+            prompt = rows[start]["prompt"]
+            sampler.fill(rows[start : start + BLOCK], Random(f"{cfg.seed} {start} {prompt}"))
+        return ask_ranks(row, Random(f"{cfg.seed} {cfg.by} {row['prompt']}"))
+
+    answers = collect(to, rows, own, ask)
+    if cfg.blind and answers:
+        ranks = np.array([answer["ranks"] for answer in answers])
+        share, margin = rlhf.win_rate(-ranks[:, 0], -ranks[:, 1])
+        two = " is preferred to ".join(cfg.blind)
+        print(f"{two} on {share:.1%} ± {margin:.1%} of {len(ranks)} prompts (95 % interval)")
+
+def places(cfg: Label) -> tuple[Path, Path]:
+    """The file of prompts and the file of answers. What is held out stays held out."""
+    path = Path(cfg.data) / "rm_prompts.jsonl"
+    to = Path(cfg.data) / "comparisons.jsonl"
+    if cfg.write:
+        path = path.with_name("prompts.jsonl")
+        to = to.with_name("sft.jsonl")
+    if cfg.blind:
+        path = path.with_name("prompts_valid.jsonl")
+        to = Path(cfg.out) / "blind.jsonl"
+    path = Path(cfg.prompts or path)
+    if path.stem.endswith("_valid") and not cfg.blind:
+        to = to.with_stem(f"{to.stem}_valid")
+    return path, Path(cfg.to or to)
 
 def label(cfg: Label) -> None:
-    """Sample, rank, write comparisons.jsonl and comparisons_valid.jsonl, report the agreement."""
-    tokenizer, rng = get_tokenizer(cfg.data), Random(cfg.seed)
-    models = {name: load(cfg, name) for name in cfg.models.split(",")}
-    if not 2 <= cfg.k_min <= cfg.k_max:
-        raise UserError(f"k_min {cfg.k_min} and k_max {cfg.k_max}: at least 2, and in this order")
-    everybody = fable.TRAIN_LABELERS + fable.HELDOUT_LABELERS
-    for split in ("", "_valid"):
-        path = Path(cfg.data) / f"rm_prompts{split}.jsonl"
-        longest = min(room(model, cfg) for model in models.values())
-        rows = read_rows(path, tokenizer, longest, "prompt")
-        to = Path(cfg.data) / f"comparisons{split}.jsonl"
-        rankings = earlier_rounds(to, cfg.round)
-        for row, completions in zip(rows, sample_completions(models, rows, tokenizer, rng, cfg)):
-            labelers = everybody if split else [rng.choice(fable.TRAIN_LABELERS)]
-            for labeler in labelers:
-                ranks = fable.rank(labeler, row, completions, rng)
-                ranking = {"prompt": row["prompt"], "completions": completions, "ranks": ranks}
-                who = {"labeler": labeler.name, "task": row["task"], "round": cfg.round}
-                rankings.append(ranking | who)
-        write_jsonl(to, rankings)
-    print(describe_agreement(rankings))
-
-
-def earlier_rounds(path: Path, number: int) -> list[dict]:
-    """The rankings of the rounds before round `number`, as they stand in the file."""
-    if number == 1:
-        return []
-    rows = [row for _, row in answers.read_lines(path, *people.RANKING)]
-    return [row for row in rows if row.get("round", 1) < number]
-
-
-def sample_completions(models: dict, rows: list[dict], tokenizer, rng: Random, cfg: Label) -> list:
-    """K completions for each row, K drawn anew each time, by models drawn from --models.
-
-    The last of them answers another row's prompt: else nothing tells the reward model that a good
-    answer to the wrong question is a bad one, and PPO soon finds that out.
-    """
-    names = cfg.models.split(",")
-    authors = [rng.choices(names, k=rng.randint(cfg.k_min, cfg.k_max) - 1) for _ in rows]
-    completions: list[list[str]] = [[] for _ in rows]
-    for name, model in models.items():
-        places = [i for i, own in enumerate(authors) for author in own if author == name]
-        prompts = [rows[i]["prompt_ids"] for i in places]
-        tokens, mask, _ = complete(model, prompts, tokenizer.eot_token, cfg.max_new_tokens)
-        for i, ids in zip(places, responses(tokens, mask)):
-            completions[i].append(own_turn(decode(tokenizer, ids)))
-    strays = [rng.choice(completions[i]) for i in rng.sample(range(len(rows)), len(rows))]
-    return [[*own, stray] for own, stray in zip(completions, strays)]
-
-
-def write_jsonl(path: Path, rows: list[dict]) -> None:
-    with replacing(path) as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-    pairs = [(a, b) for row in rows for a, b in combinations(row["ranks"], 2)]
-    ties = sum(a == b for a, b in pairs) / len(pairs)
-    print(f"{path}: {len(rows)} rankings, {len(pairs)} pairs, {ties:.0%} of them ties")
-
-
-def agreement(rankings: list[dict]) -> float:
-    """Share of pairs in the same order, of those that two labelers of a prompt leave untied."""
-    same_answers: dict[tuple, list] = {}
-    for ranking in rankings:
-        answers = (ranking["prompt"], *ranking["completions"])
-        same_answers.setdefault(answers, []).append(ranking["ranks"])
-    pairs = []
-    for ranks in same_answers.values():
-        for one, other in combinations(ranks, 2):
-            pairs += untied_pairs(one, other)
-    return sum(pairs) / max(1, len(pairs))
-
-
-def untied_pairs(one: list[int], other: list[int]) -> list[bool]:
-    """For each pair that neither ranking ties: whether both put it in the same order."""
-    places = combinations(range(len(one)), 2)
-    products = [(one[i] - one[j]) * (other[i] - other[j]) for i, j in places]
-    return [product > 0 for product in products if product]
-
-
-def describe_agreement(rankings: list[dict]) -> str:
-    heldout = {labeler.name for labeler in fable.HELDOUT_LABELERS}
-    train = [ranking for ranking in rankings if ranking["labeler"] not in heldout]
-    return (
-        f"labelers agree on {agreement(train):.1%} of untied pairs, "
-        f"with the held-out ones on {agreement(rankings):.1%} (paper: 72.6 %, 77.3 %)"
-    )
-
-
-# ---- A model or a person ranks -------------------------------------------------------------------
-
-
-def scripted(cfg: Label) -> None:
-    """`label`, which writes its files anew, unless that would lose what people have ranked."""
-    answers.keep(Path(cfg.data).glob("comparisons*.jsonl"))
-    label(cfg)
-
-
-def rank_by_model(cfg: Label) -> None:
-    """A reward model ranks in a person's place, by score (RLAIF); says whether others agree."""
-    tokenizer, judge = get_tokenizer(cfg.data), load(cfg, cfg.by, ScalarModel)
-    path, rows, models = people.read_questions(cfg, tokenizer, "rm_prompts", "prompts")
-    to = people.answers_file(cfg, path, "comparisons")
-    rankings = [row for row in rows if "labeler" in row]
-    rows = answers.distinct(rows)
-    if models:
-        sampled = sample_completions(models, rows, tokenizer, Random(cfg.seed), cfg)
-        rows = [{**row, "completions": own} for row, own in zip(rows, sampled)]
-    gold = gold_function(rows, cfg.gold)
-    own = {"labeler": cfg.by, "time": answers.now()}
-    own |= {"models": people.names(cfg)} if models else {}
-    added = []
-    for row in rows:
-        ranking = {"prompt": row["prompt"], "completions": row["completions"]}
-        if scores := score_completions(judge, row, tokenizer, cfg):
-            added.append({**ranking, "ranks": ranks_of(scores), **own})
-        if gold:
-            scores = [sum(gold(row, text).values()) for text in row["completions"]]
-            rankings.append({**ranking, "ranks": ranks_of(scores), "labeler": "gold"})
-    rankings += answers.add_rankings(to, added)
-    left_out = len(rows) - len(added)
-    print(f"{to}: {len(added)} rankings by {cfg.by}, {left_out} left out, over its context")
-    print(agreement_table(rankings + added, cfg.by))
-
-
-@torch.no_grad()
-def score_completions(judge: ScalarModel, row: dict, tokenizer, cfg: Label) -> list[float]:
-    """The score of each completion, the same for the same text; [] if one is over the context."""
-    texts = dict.fromkeys(row["completions"])
-    ids = [encode(tokenizer, text) + [tokenizer.eot_token] for text in texts]
-    ids = [row["prompt_ids"] + own for own in ids]
-    if max(map(len, ids)) > judge.config.block_size:
-        return []
-    scores = dict(zip(texts, score_rows(judge, ids, cfg).tolist()))
-    return [scores[text] for text in row["completions"]]
-
-
-def ranks_of(scores: list[float]) -> list[int]:
-    """0 for the highest score; equals share a rank."""
-    order = sorted(set(scores), reverse=True)
-    return [order.index(score) for score in scores]
-
-
-def agree(cfg: Label) -> None:
-    """Print how far the labelers of --agreement's file agree, two by two and all together."""
-    rows = answers.read_lines(Path(cfg.prompts), *people.RANKING)
-    print(agreement_table([row for _, row in rows]))
-
-
-def agreement_table(rankings: list[dict], who: str = "") -> str:
-    """A line for each two labelers (of whom one is `who`) that ranked the same completions."""
-    ranked: dict[tuple, dict[str, list]] = {}
-    for row in rankings:
-        by = ranked.setdefault((row["prompt"], *row["completions"]), {})
-        by[printable(str(row.get("labeler", "nobody")))] = row["ranks"]
-    common: dict[tuple, list] = {}
-    for by in ranked.values():
-        for two in combinations(sorted(by), 2):
-            if not who or printable(who) in two:
-                common.setdefault(two, []).append(untied_pairs(*map(by.get, two)))
-    everybody = "all", list(chain(*common.values()))
-    lines = []
-    for two, own in [*((" and ".join(two), own) for two, own in sorted(common.items())), everybody]:
-        pairs = list(chain(*own))
-        share = f"{sum(pairs) / len(pairs):.1%}" if pairs else "-"
-        agreed = f"agree on {share} of {len(pairs)} untied pairs"
-        lines.append(f"{two}: {agreed}, rankings in common: {len(own)}")
-    return "\n".join(lines) if common else "nobody else ranked the same completions"
-
+    if cfg.agreement:
+        print_agreement(cfg.agreement)
+    elif (cfg.by == "scripted" or cfg.by.endswith(".pt")) and not (cfg.write or cfg.blind):
+        rank_by_machine(cfg)
+    else:
+        ask_person(cfg)
 
 def main(argv: list[str] | None = None) -> None:
     """python data/label.py [--by WHO] [--write | --blind A B | --agreement FILE] --flag value"""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add_flags(parser, Label)
-    tasks = parser.add_mutually_exclusive_group()
-    tasks.add_argument("--write", action="store_true", help="a person writes demonstrations")
-    tasks.add_argument("--blind", nargs=2, metavar="MODEL", help="a person says which is better")
-    tasks.add_argument("--agreement", metavar="FILE", help="how far the labelers of a file agree")
-    flags = parse(parser, argv)
-    write, two, file = (flags.pop(name) for name in ("write", "blind", "agreement"))
-    if write:
-        stage = people.write
-    elif two:
-        stage, flags["models"] = people.blind, ",".join(two)
-    elif file:
-        stage, flags["prompts"] = agree, file
-    elif flags["by"] == "scripted":
-        stage = scripted
-    else:
-        stage = rank_by_model if flags["by"].endswith(".pt") else people.rank
-    run(stage, Label, flags)
-
+    rlhf.add_flags(parser, Label)
+    parser.add_argument("--blind", nargs=2, metavar="MODEL", help="a person compares two models")
+    flags = vars(parser.parse_args(argv))
+    blind = flags.pop("blind")
+    cfg = Label(**flags)
+    cfg.blind = blind
+    rlhf.run_stage(label, cfg)
 
 if __name__ == "__main__":
-    for stream in filter(None, (sys.stdin, sys.stdout)):
+    for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")  # a stray byte is no reason to stop
-    if sys.stdin and sys.stdin.isatty():
+    if sys.stdin.isatty():
         with suppress(ImportError):
             import readline  # noqa: F401  the arrow keys edit the line
     main()

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, tensor
@@ -15,22 +16,18 @@ NAN = float("nan")
 MASK = tensor([[0, 0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1], [0, 1, 0, 0, 0, 0, 0.0]])
 COLUMNS = [(i, t) for i, t in itertools.product(range(3), range(7)) if MASK[i, t]]
 
-
 def randn(count: int) -> list[Tensor]:
     return list(torch.randn(count, *MASK.shape).unbind())
-
 
 def spoiled(x: Tensor, garbage: float) -> Tensor:
     """Something else in every column that the mask leaves out."""
     return torch.where(MASK > 0, x, garbage)
-
 
 def derivative(f, x: Tensor, i: int, t: int, step: float = 1e-4) -> float:
     """By a central difference, in float64."""
     nudge = torch.zeros_like(x)
     nudge[i, t] = step
     return ((f(x + nudge) - f(x - nudge)) / (2 * step)).item()
-
 
 # ---- (1) ---------------------------------------------------------------------------------------
 
@@ -40,7 +37,6 @@ def test_lm_loss_is_the_mean_over_response_tokens():
     expected = -sum(logprobs[i, t].item() for i, t in COLUMNS) / len(COLUMNS)
     assert lm_loss(logprobs, MASK).item() == pytest.approx(expected, abs=1e-6)
     assert lm_loss(spoiled(logprobs, NAN), MASK).item() == pytest.approx(expected, abs=1e-6)
-
 
 def test_lm_loss_has_no_gradient_at_prompt_and_padding():
     """(1) d/d logits = (softmax - one hot) / N at the N response tokens, exactly 0 elsewhere."""
@@ -53,7 +49,6 @@ def test_lm_loss_has_no_gradient_at_prompt_and_padding():
         torch.testing.assert_close(logits.grad[i, t], expected * MASK[i, t] / len(COLUMNS))
     assert not logits.grad[MASK == 0].any()
 
-
 # ---- (2) ---------------------------------------------------------------------------------------
 
 def pairs_by_loop(scores: list[float], ranks: list[int]) -> list[float]:
@@ -65,7 +60,6 @@ def pairs_by_loop(scores: list[float], ranks: list[int]) -> list[float]:
             losses.append(math.log1p(math.exp(scores[loser] - scores[winner])))
     return losses
 
-
 @pytest.mark.parametrize("k", range(2, 10))
 def test_pairwise_loss_is_the_mean_over_pairs(k):
     """(2) -1/C(K,2) sum over pairs of log sigmoid(r_w - r_l), for K completions in any order."""
@@ -74,13 +68,6 @@ def test_pairwise_loss_is_the_mean_over_pairs(k):
     assert len(losses) == math.comb(k, 2)
     loss = pairwise_loss(scores, ranks, torch.zeros(k, dtype=torch.long))
     assert loss.item() == pytest.approx(sum(losses) / math.comb(k, 2), abs=1e-6)
-
-
-def test_pairwise_loss_vector():
-    """(2) scores 2, 1, 0, -1 in the order of their ranks."""
-    loss = pairwise_loss(tensor([2.0, 1, 0, -1]), torch.arange(4), torch.zeros(4, dtype=torch.long))
-    assert loss.item() == pytest.approx(0.2070380727, abs=1e-7)
-
 
 def test_prompts_weigh_the_same():
     """(2) E over prompts of each prompt's own mean: K = 4 and K = 9 count alike."""
@@ -95,7 +82,6 @@ def test_prompts_weigh_the_same():
     loss = pairwise_loss(scores[shuffled], ranks[shuffled], groups[shuffled])
     assert loss.item() == pytest.approx(sum(means) / 2, abs=1e-6)
 
-
 def test_tied_pairs_are_dropped():
     """(2) over the pairs that are left: ranks 1, 1, 2 have two, and the mean is over two."""
     scores, ranks = [0.3, -0.5, 0.9], [1, 1, 2]
@@ -103,7 +89,6 @@ def test_tied_pairs_are_dropped():
     assert len(losses) == 2
     loss = pairwise_loss(tensor(scores), tensor(ranks), torch.zeros(3, dtype=torch.long))
     assert loss.item() == pytest.approx(sum(losses) / 2, abs=1e-6)
-
 
 def test_prompt_with_nothing_but_ties_is_left_out():
     """(2) such a prompt adds 0 to the sum and nothing to the number of prompts; never NaN."""
@@ -114,7 +99,6 @@ def test_prompt_with_nothing_but_ties_is_left_out():
     scores = torch.cat([tied.detach(), tensor([0.5, 0.0])])
     loss = pairwise_loss(scores, tensor([2, 2, 2, 1, 0]), tensor([0, 0, 0, 1, 1]))
     assert loss.item() == pytest.approx(math.log1p(math.exp(0.5)), abs=1e-6)
-
 
 def test_pairwise_loss_knows_differences_only():
     """(2) a constant on all scores of a prompt changes nothing; so the gradient sums to 0."""
@@ -127,7 +111,6 @@ def test_pairwise_loss_knows_differences_only():
     assert scores.grad[:4].sum().abs() < 1e-6 and scores.grad[4:].sum().abs() < 1e-6
     assert scores.grad.abs().max() > 1e-3
 
-
 def test_pairwise_loss_is_ln_2_when_it_knows_nothing_and_finite_when_it_is_certain():
     """(2) log sigmoid, not the log of a sigmoid, which underflows."""
     zeros = torch.zeros(4, dtype=torch.long)
@@ -139,7 +122,6 @@ def test_pairwise_loss_is_ln_2_when_it_knows_nothing_and_finite_when_it_is_certa
         loss.backward()
         assert loss.item() == pytest.approx(expected) and scores.grad.isfinite().all()
 
-
 # ---- (3) ---------------------------------------------------------------------------------------
 
 def test_kl_rewards_vector():
@@ -147,8 +129,6 @@ def test_kl_rewards_vector():
     logprobs, ref = tensor([[-1, -2, -0.5]]), tensor([[-1.5, -1.8, -0.5]])
     rewards = kl_rewards(tensor([0.7]), logprobs, ref, torch.ones(1, 3), 0.02)
     torch.testing.assert_close(rewards, tensor([[-0.010, 0.004, 0.700]]))
-    assert rewards.sum().item() == pytest.approx(0.694)
-
 
 @pytest.mark.parametrize("garbage", [0.0, 7.0, NAN])
 def test_score_lands_on_the_last_response_token(garbage):
@@ -163,11 +143,9 @@ def test_score_lands_on_the_last_response_token(garbage):
             expected += scores[i] * (t == last)
             assert rewards[i, t].item() == pytest.approx(expected.item(), abs=1e-5)
 
-
 EOS, LENGTH = 0, 3
 TREE = [y for n in range(1, LENGTH + 1) for y in itertools.product(range(3), repeat=n)
         if EOS not in y[:-1] and (n == LENGTH or y[-1] == EOS)]
-
 
 def tree_logprobs(logits: Tensor) -> tuple[Tensor, Tensor]:
     """log pi of every token of every response there is over three tokens, and the mask. The logits
@@ -177,7 +155,6 @@ def tree_logprobs(logits: Tensor) -> tuple[Tensor, Tensor]:
         rows.append(torch.stack([table[t, y[t - 1] if t else 0, y[t]] for t in range(len(y))]))
     mask = [[float(t < len(y)) for t in range(LENGTH)] for y in TREE]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), tensor(mask, dtype=logits.dtype)
-
 
 def test_expected_penalty_is_the_kl():
     """(3) E_pi[sum of rewards] = E[score] - beta KL(pi || ref), over every response there is."""
@@ -190,7 +167,6 @@ def test_expected_penalty_is_the_kl():
     rewards = kl_rewards(scores, logprobs, ref_logprobs, mask, 0.3)
     expected = (p * scores).sum().item() - 0.3 * kl
     assert kl > 0.1 and (p * rewards.sum(1)).sum().item() == pytest.approx(expected, abs=1e-10)
-
 
 def test_k1_as_a_reward_has_the_gradient_of_the_kl():
     """(3) E[R grad log pi(y)] = -beta grad KL(pi || ref), R the sum of detached rewards."""
@@ -205,7 +181,6 @@ def test_k1_as_a_reward_has_the_gradient_of_the_kl():
     (gradient,) = torch.autograd.grad(surrogate, policy)
     torch.testing.assert_close(gradient, expected, atol=1e-10, rtol=0)
 
-
 # ---- (4) ---------------------------------------------------------------------------------------
 
 def gae_by_double_sum(rewards: list, values: list, gamma: float, lam: float) -> list[float]:
@@ -213,7 +188,6 @@ def gae_by_double_sum(rewards: list, values: list, gamma: float, lam: float) -> 
     n, values = len(rewards), [*values, 0]
     deltas = [rewards[t] + gamma * values[t + 1] - values[t] for t in range(n)]
     return [sum((gamma * lam) ** m * deltas[t + m] for m in range(n - t)) for t in range(n)]
-
 
 @pytest.mark.parametrize("gamma, lam", [(1, 0.95), (0.9, 0.8), (1, 0), (1, 1), (0.7, 1)])
 @pytest.mark.parametrize("garbage", [0.0, 100.0, NAN])
@@ -228,7 +202,6 @@ def test_gae_is_the_double_sum(gamma, lam, garbage):
         torch.testing.assert_close(returns[i, own], tensor(expected) + values[i, own])
         assert not advantages[i, ~own].any() and not returns[i, ~own].any()
 
-
 def test_gae_vectors():
     """(4) lam 0.95; lam 1 is the reward to go less V; lam 0 the error of one step."""
     rewards, values = tensor([[-0.01, 0.02, 1.0]]), tensor([[0.5, 0.4, 0.7]])
@@ -237,7 +210,6 @@ def test_gae_vectors():
         advantages, returns = gae(rewards, values, torch.ones(1, 3), 1.0, lam)
         torch.testing.assert_close(advantages, tensor([expected]))
         torch.testing.assert_close(returns, tensor([expected]) + values)
-
 
 @pytest.mark.parametrize("lam", [0, 0.5, 0.95, 1])
 def test_perfect_critic_leaves_no_advantage(lam):
@@ -248,19 +220,16 @@ def test_perfect_critic_leaves_no_advantage(lam):
     assert advantages.abs().max() < 1e-5
     torch.testing.assert_close(returns, to_come * MASK)
 
-
 def test_whiten_vector():
     """Mean 0 and population variance 1 over the valid tokens of the whole batch."""
     x, mask = tensor([[1, 2, 3, NAN], [4, 5, 99.0, -99]]), tensor([[1, 1, 1, 0], [1, 1, 0, 0.0]])
     expected = [[-math.sqrt(2), -math.sqrt(0.5), 0, 0], [math.sqrt(0.5), math.sqrt(2), 0, 0]]
     torch.testing.assert_close(whiten(x, mask), tensor(expected))
 
-
 def test_whiten_keeps_apart_what_rows_have_in_common():
     """Never by row: a good episode stays above a bad one."""
     white = whiten(tensor([[1.0, 1, 1], [-1, -1, -1]]), torch.ones(2, 3))
     torch.testing.assert_close(white, tensor([[1.0, 1, 1], [-1, -1, -1]]))
-
 
 # ---- (5) ---------------------------------------------------------------------------------------
 
@@ -277,25 +246,17 @@ def test_policy_loss_four_quadrants(ratio, advantage, value, gradient, clips):
     assert loss.item() == pytest.approx(value) and logprobs.grad.item() == pytest.approx(gradient)
     assert stats["policy/clipfrac"].item() == clips
 
-
-def test_policy_loss_vector():
-    """(5) ratios 1.5, 0.5, 1.5, 0.5 and advantages 1, 1, -1, -1."""
-    ratio, advantages = tensor([[1.5, 0.5, 1.5, 0.5]]), tensor([[1.0, 1, -1, -1]])
-    loss, stats = policy_loss(ratio.log(), torch.zeros(1, 4), advantages, torch.ones(1, 4))
-    assert loss.item() == pytest.approx(0.15) and stats["policy/clipfrac"].item() == 0.5
-    assert stats["val/ratio"].item() == pytest.approx(1.0)
-
-
 def test_policy_loss_by_loop():
     """(5) the mean over response tokens, of a wider clip as well."""
     logprobs, old, advantages = randn(3)
-    total = 0.0
+    total = ratios = 0.0
     for i, t in COLUMNS:
         ratio, a = math.exp(logprobs[i, t] - old[i, t]), advantages[i, t].item()
         total -= min(ratio * a, min(max(ratio, 0.6), 1.4) * a)
-    loss, _ = policy_loss(logprobs, old, advantages, MASK, cliprange=0.4)
+        ratios += ratio
+    loss, stats = policy_loss(logprobs, old, advantages, MASK, cliprange=0.4)
     assert loss.item() == pytest.approx(total / len(COLUMNS), abs=1e-5)
-
+    assert stats["val/ratio"].item() == pytest.approx(ratios / len(COLUMNS), rel=1e-5)
 
 def test_policy_gradient_before_the_first_update():
     """(5) at ratio 1 the gradient is -E[A grad log pi], the policy gradient."""
@@ -308,7 +269,6 @@ def test_policy_gradient_before_the_first_update():
     (gradient,) = torch.autograd.grad(loss, logits)
     torch.testing.assert_close(gradient, expected)
     assert stats["val/ratio"] == 1 and stats["policy/approxkl"] == 0 == stats["policy/clipfrac"]
-
 
 def test_approxkl_estimates_the_kl_from_the_old_policy():
     """(5) E_old[(log pi - log old)^2 / 2] = KL(old || pi) to second order: drift raises it."""
@@ -323,7 +283,6 @@ def test_approxkl_estimates_the_kl_from_the_old_policy():
         estimate = sum(o.exp() * s["policy/approxkl"] for o, s in zip(old, stats)).item()
         assert estimate == pytest.approx(kl, rel=0.1) and estimate > before
         before = estimate
-
 
 # ---- (6) ---------------------------------------------------------------------------------------
 
@@ -342,30 +301,21 @@ def test_value_loss_four_quadrants(v, old, target, value, gradient):
     assert values.grad.item() == pytest.approx(gradient, abs=1e-6)
     assert stats["val/clipfrac"].item() == (gradient == 0)
 
-
-def test_value_loss_vector():
-    """(6) V 1, 0, V_old 0.5, 0.5, R 1.2, 1.2."""
-    half = tensor([[0.5, 0.5]])
-    loss, stats = value_loss(tensor([[1.0, 0]]), half, tensor([[1.2, 1.2]]), torch.ones(1, 2))
-    assert loss.item() == pytest.approx(0.4225) and stats["val/clipfrac"].item() == 0.5
-    assert stats["val/error"].item() == pytest.approx((0.04 + 1.44) / 2)
-
-
 def test_value_loss_by_loop():
     """(6) the mean over response tokens."""
     values, old, returns = randn(3)
-    total = 0.0
+    total = errors = 0.0
     for i, t in COLUMNS:
         v, o, r = (x[i, t].item() for x in (values, old, returns))
         total += max((v - r) ** 2, (min(max(v, o - 0.3), o + 0.3) - r) ** 2) / 2
-    loss, _ = value_loss(values, old, returns, MASK, cliprange_value=0.3)
+        errors += (v - r) ** 2
+    loss, stats = value_loss(values, old, returns, MASK, cliprange_value=0.3)
     assert loss.item() == pytest.approx(total / len(COLUMNS), abs=1e-5)
-
+    assert stats["val/error"].item() == pytest.approx(errors / len(COLUMNS), rel=1e-5)
 
 # ---- (8) ---------------------------------------------------------------------------------------
 
 PAIR = tensor([0, 1]), tensor([0, 0])  # ranks and groups: the first is the better one
-
 
 def test_dpo_vector():
     """(8) log-probs -10 and -12 against -11 and -11.5: h = 1.5, and (2) at beta 0.1 is 0.620957,
@@ -377,7 +327,6 @@ def test_dpo_vector():
     assert loss.item() == pytest.approx(0.620957, abs=1e-6)
     torch.testing.assert_close(logprobs.grad, tensor([[-0.046257] * 2, [0.046257] * 2]))
 
-
 @pytest.mark.parametrize("garbage", [0.0, 100.0, NAN])
 def test_implicit_rewards_by_loop(garbage):
     """(8) the sum over response tokens, whatever stands elsewhere: twice the response, twice it."""
@@ -388,15 +337,6 @@ def test_implicit_rewards_by_loop(garbage):
         assert rewards[i].item() == pytest.approx(expected, abs=1e-5)
     twice = [torch.cat([x, x], 1) for x in (logprobs, ref, MASK)]
     torch.testing.assert_close(implicit_rewards(*twice, 0.3), 2 * rewards)
-
-
-def test_dpo_is_ln_2_a_pair_where_it_begins():
-    """(8) pi = ref: every reward is 0, whatever the ranks."""
-    (logprobs,) = randn(1)
-    rewards = implicit_rewards(logprobs, logprobs.clone(), MASK, 0.1)
-    loss = pairwise_loss(rewards, tensor([2, 0, 1]), torch.zeros(3, dtype=torch.long))
-    assert not rewards.any() and loss.item() == pytest.approx(math.log(2))
-
 
 def test_dpo_gradient_by_loop():
     """(8) -beta sigmoid(-beta h) (grad log pi(y_w) - grad log pi(y_l)), the mean over the pairs;
@@ -417,7 +357,6 @@ def test_dpo_gradient_by_loop():
         expected -= beta / (1 + math.exp(beta * h.item())) * direction / 2
     torch.testing.assert_close(gradient, expected)
 
-
 def test_the_best_policy_has_the_reward_for_its_implicit_one():
     """(8) of the policy that is best under (3), ref e^(r / beta) / Z, is r - beta log Z: no other
     that was tried has more of E[r] - beta KL."""
@@ -434,11 +373,9 @@ def test_the_best_policy_has_the_reward_for_its_implicit_one():
     rewards = implicit_rewards(*logs, torch.ones(6, 1), beta)
     torch.testing.assert_close(rewards - rewards[0], scores - scores[0])
 
-
 # ---- (5) and (6) alike, and all of them --------------------------------------------------------
 
 LOSSES = [policy_loss, value_loss]
-
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gradient_by_finite_differences(loss):
@@ -450,7 +387,6 @@ def test_gradient_by_finite_differences(loss):
         expected = derivative(lambda z: loss(z, old, target, MASK)[0], x.detach(), i, t)
         assert gradient[i, t].item() == pytest.approx(expected, abs=1e-5)
 
-
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gradient_goes_to_the_new_network_alone(loss):
     """(5), (6) advantages, returns and all that is old are constants; statistics have no graph."""
@@ -459,7 +395,6 @@ def test_gradient_goes_to_the_new_network_alone(loss):
     value, stats = loss(x, old, target, MASK)
     value.backward()
     assert x.grad.any() and not any(s.requires_grad for s in stats.values())
-
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("garbage", [5.0, NAN])
@@ -474,18 +409,8 @@ def test_losses_and_statistics_ignore_padding(loss, garbage):
     for key, x in stats.items():
         torch.testing.assert_close(x, expected[1][key], msg=key)
     value.backward()
-    if not math.isnan(garbage):  # the test below has more on NaN
-        assert not padded[0].grad[torch.cat([MASK, torch.zeros(3, 4)], 1) == 0].any()
-
-
-@pytest.mark.parametrize("loss", [policy_loss, value_loss])
-def test_nan_beyond_the_mask_leaves_the_gradient_alone(loss):
-    """(5), (6) where it stands in what is old: the gradient there is 0, as beside it."""
-    x, old, target = randn(3)
-    x.requires_grad_()
-    loss(x, spoiled(old, NAN), spoiled(target, NAN), MASK)[0].backward()
-    assert not x.grad[MASK == 0].any() and x.grad.isfinite().all()
-
+    assert padded[0].grad.isfinite().all()
+    assert not padded[0].grad[torch.cat([MASK, torch.zeros(3, 4)], 1) == 0].any()
 
 @pytest.mark.parametrize("loss", [*LOSSES, lm_loss, masked_mean])
 def test_parts_add_up_to_the_step(loss):
@@ -500,7 +425,6 @@ def test_parts_add_up_to_the_step(loss):
     parts = [flat(slice(i, i + 1), count=MASK.sum()) for i in range(3)]
     torch.testing.assert_close(sum(parts), whole)
 
-
 def test_parts_of_the_pairwise_loss_add_up():
     """(2) `count` = the prompts of the step that have a pair."""
     scores, ranks = torch.randn(12), tensor([0, 1, 2, 1, 1, 0, 0, 3, 1, 2, 2, 2])
@@ -508,7 +432,6 @@ def test_parts_of_the_pairwise_loss_add_up():
     own = [groups == i for i in range(4)]
     parts = [pairwise_loss(scores[rows], ranks[rows], groups[rows], 2) for rows in own]
     torch.testing.assert_close(sum(parts), pairwise_loss(scores, ranks, groups))
-
 
 def test_arguments_are_left_alone():
     """Tensors in, tensors out: no equation writes into what it is given."""
@@ -525,3 +448,43 @@ def test_arguments_are_left_alone():
         before = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
         f(*arguments)
         assert all(torch.equal(a, b) for a, b in zip(arguments, before) if isinstance(a, Tensor))
+
+# ---- plain arithmetic --------------------------------------------------------------------------
+
+def test_action_mask_by_hand():
+    """p0 p1 p2 r0 r1 EOS pad pad, as in the docstring; a prompt of one token; a full row."""
+    mask = rlhf.action_mask(tensor([3, 1, 2]), tensor([6, 2, 8]), 8)
+    assert mask.tolist() == [
+        [0, 0, 1, 1, 1, 0, 0],
+        [1, 0, 0, 0, 0, 0, 0],
+        [0, 1, 1, 1, 1, 1, 1],
+    ]
+
+def test_schedule():
+    """A cosine from 1 to a tenth, halfway at half of the steps; a linear warmup if there is one."""
+    assert rlhf.schedule(0, 100) == pytest.approx(1)
+    assert rlhf.schedule(50, 100) == pytest.approx(0.55)
+    assert rlhf.schedule(100, 100) == pytest.approx(0.1)
+    warm = [rlhf.schedule(step, 100, warmup=0.05) for step in range(6)]
+    assert warm[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert warm[5] == pytest.approx(rlhf.schedule(5, 100)) and warm[4] < 1
+    assert rlhf.schedule(0, 2, warmup=0.1) == pytest.approx(1)
+
+def test_ema_closed_form():
+    """From 0 towards a constant 1: 1 - 0.992^n, after 125 updates 0.6336."""
+    ema, new = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    for model, value in ((ema, 0.0), (new, 1.0)):
+        torch.nn.init.constant_(model.weight, value)
+        torch.nn.init.constant_(model.bias, value)
+    for _ in range(125):
+        rlhf.ema_update(ema, new, 0.992)
+    assert ema.weight.item() == ema.bias.item() == pytest.approx(1 - 0.992**125, abs=1e-5)
+    assert ema.weight.item() == pytest.approx(0.6336, abs=1e-4) and new.weight == 1
+
+def test_win_rate_is_antisymmetric_and_ties_count_half():
+    own, other = np.array([3.0, 1, 2, 2, 5]), np.array([1.0, 3, 2, 2, 4])
+    assert rlhf.win_rate(own, other)[0] == pytest.approx((2 + 0.5 * 2) / 5)
+    assert rlhf.win_rate(own, other)[0] + rlhf.win_rate(other, own)[0] == pytest.approx(1)
+    assert rlhf.win_rate(own, own) == (0.5, 0.0)
+    rate, margin = rlhf.win_rate(np.ones(400), np.arange(400) % 2 * 2.0)
+    assert (rate, margin) == (0.5, pytest.approx(1.96 * 0.5 / 20))

@@ -1,0 +1,280 @@
+"""GPT-2's weights in Hugging Face's layout, their way into a checkpoint and back."""
+
+import base64
+import copy
+import hashlib
+import json
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import rlhf
+import torch
+from data import gpt2
+from data.files import UserError, fingerprint, get_tokenizer
+from data.gpt2 import load_gpt2, read_safetensors, save_gpt2
+from model import GPT, GPTConfig, ScalarModel
+
+SHAPE = dict(block_size=32, n_layer=2, n_head=3, n_embd=24)
+MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n")]
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes, as GPT-2 orders them
+HIDDEN = sorted(set(range(256)) - set(VISIBLE))
+NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL"}
+TWO = {"a": torch.arange(6.0).view(2, 3), "b": torch.arange(4.0)}
+
+def lively(kind, **shape):
+    torch.manual_seed(0)
+    model = kind(GPTConfig(**SHAPE | {"vocab_size": 261} | shape))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return model.eval()
+
+@pytest.fixture
+def model() -> GPT:
+    return lively(GPT)
+
+def theirs(model: GPT, prefix: str = "", **more) -> dict[str, torch.Tensor]:
+    """The tensors as `transformers` has them: Conv1D computes x W + b, with W of (in, out)."""
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        linear = name.startswith("h.") and tensor.dim() == 2
+        weights[prefix + name] = tensor.T.contiguous() if linear else tensor
+    return weights | more
+
+def safetensors(weights: dict, **header) -> bytes:
+    """The format by its description: 8 bytes of length, JSON, data. `header` replaces entries."""
+    entries = {"__metadata__": {"format": "pt"}}
+    data = b""
+    for name, tensor in weights.items():
+        content = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        entries[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape),
+                         "data_offsets": [len(data), len(data) + len(content)]}
+        data += content
+    text = json.dumps(entries | header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+def write_folder(folder: Path, model, weights=None, **config) -> Path:
+    folder.mkdir(exist_ok=True, parents=True)
+    shape = model.config
+    fields = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-05, "resid_pdrop": 0.1,
+              "n_embd": shape.n_embd, "n_head": shape.n_head, "n_layer": shape.n_layer,
+              "n_positions": shape.block_size, "vocab_size": shape.vocab_size}
+    (folder / "config.json").write_text(json.dumps(fields | config))
+    weights = theirs(model) if weights is None else weights
+    (folder / "model.safetensors").write_bytes(safetensors(weights))
+    return folder
+
+def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+@pytest.mark.parametrize("prefix, dtype", [
+    ("", torch.float32), ("transformer.", torch.float16), ("_orig_mod.", torch.bfloat16),
+    ("module.", torch.float32), ("_orig_mod.module.transformer.", torch.float32),
+    ("transformer.module.", torch.float32),
+])
+def test_prefixes_and_dtypes(tmp_path, model, prefix, dtype):
+    weights = {name: tensor.to(dtype) for name, tensor in theirs(model, prefix).items()}
+    loaded = load_gpt2(write_folder(tmp_path, model, weights))
+    assert type(loaded) is GPT and same(loaded, model.to(dtype).float()) and not loaded.training
+    assert loaded.config == model.config
+    assert all(x.requires_grad and x.dtype == torch.float32 for x in loaded.parameters())
+
+def test_masks_of_old_versions_and_the_tied_unembedding(tmp_path, model):
+    more = {"h.0.attn.bias": torch.ones(1, 1, 32, 32, dtype=torch.bool),
+            "h.1.attn.masked_bias": torch.full((1,), -1e4), "lm_head.weight": model.wte.weight.data}
+    assert same(load_gpt2(write_folder(tmp_path, model, theirs(model, **more))), model)
+    more["lm_head.weight"] = model.wte.weight + 1
+    with pytest.raises(UserError, match="model.safetensors .*lm_head.weight differs from wte.wei"):
+        load_gpt2(write_folder(tmp_path, model, theirs(model, **more)))
+
+@pytest.mark.parametrize("change, message", [
+    (lambda w: w.pop("h.1.ln_2.bias"), "Missing key.*h.1.ln_2.bias"),
+    (lambda w: w.pop("wte.weight"), "wte.weight"),
+    (lambda w: w.update({"h.2.ln_1.bias": torch.ones(24)}), "Unexpected key.*h.2.ln_1.bias"),
+    (lambda w: w.update({"wpe.weight": torch.ones(31, 24)}), "mismatch for wpe.weight"),
+    (lambda w: w.update({"h.0.attn.c_attn.weight": torch.ones(72, 24)}), "h.0.attn.c_attn.weight"),
+    (lambda w: w.update({"score.weight": torch.ones(2, 24)}), "mismatch for head.weight"),
+])
+def test_weights_that_do_not_fit_are_named(tmp_path, model, change, message):
+    weights = theirs(model)
+    change(weights)
+    with pytest.raises(UserError, match=f"{tmp_path}.*{message}.*: use another"):
+        load_gpt2(write_folder(tmp_path, model, weights))
+
+@pytest.mark.parametrize("field, value", [
+    ("n_layer", None), ("n_layer", 3), ("n_head", 0), ("n_embd", 24.0), ("n_positions", "32"),
+    ("n_head", 5), ("n_embd", 48), ("activation_function", "gelu"), ("activation_function", None),
+    ("layer_norm_epsilon", 1e-6), ("scale_attn_weights", False), ("model_type", "gpt_neo"),
+    ("scale_attn_by_inverse_layer_idx", True), ("add_cross_attention", True),
+    ("tie_word_embeddings", False),
+])
+def test_a_config_of_another_model_is_refused(tmp_path, model, field, value):
+    assert same(load_gpt2(write_folder(tmp_path, model, n_inner=96)), model)
+    with pytest.raises(UserError, match="cannot be used"):
+        load_gpt2(write_folder(tmp_path, model, **{field: value}))
+
+def test_broken_folders_are_one_sentence(tmp_path, model):
+    with pytest.raises(UserError, match="config.json cannot be used .*No such file.* one of gpt2"):
+        load_gpt2(tmp_path / "nowhere")
+    (write_folder(tmp_path, model) / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="model.safetensors cannot be used .*No such file"):
+        load_gpt2(tmp_path)
+    for content in (b"", b"[]", b"{", b"[" * 100_000, b"\xff"):
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(UserError, match="config.json cannot be used"):
+            load_gpt2(tmp_path)
+
+B = {"dtype": "F32", "shape": [4], "data_offsets": [24, 40]}
+DAMAGED = [
+    b"", b"\x00" * 7, (10**18).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"[]",
+    (2).to_bytes(8, "little") + b"{]", safetensors(TWO)[:-1],
+    *(safetensors(TWO, b=B | {"data_offsets": offsets}) for offsets in (
+        [20, 36], [28, 44], [0, 16], [24, 44], [-16, 0], [24], ["24", "40"])),
+    *(safetensors(TWO, b=B | {"shape": shape}) for shape in (
+        [2**40, 2**40], [-2, -2], [4.0], [5], [2, 2, 2], 4, None)),
+    *(safetensors(TWO, b=B | {"dtype": dtype}) for dtype in ("F8_E4M3", "I32", "F64", [])),
+    safetensors(TWO, b=7), safetensors(TWO, b={"dtype": "F32"}),
+    safetensors(TWO, a=B | {"shape": [10**12], "data_offsets": [0, 4 * 10**12]},
+                b=B | {"shape": [10 - 10**12], "data_offsets": [4 * 10**12, 40]}),
+]
+
+def test_damaged_safetensors_files_are_one_sentence(tmp_path, model):
+    write_folder(tmp_path, model)
+    tracemalloc.start()
+    for content in DAMAGED:
+        (tmp_path / "model.safetensors").write_bytes(content)
+        with pytest.raises(UserError, match="model.safetensors cannot be used .*: use ano"):
+            load_gpt2(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 10**7
+    tracemalloc.stop()
+
+def write_data(folder: Path) -> str:
+    folder.mkdir(exist_ok=True)
+    tokens = [bytes([byte]) for byte in VISIBLE + HIDDEN] + [b"th", b"the", b" the", b"in"]
+    lines = [f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens)]
+    (folder / "tokenizer.tiktoken").write_text("".join(lines))
+    return str(folder)
+
+def write_bpe(folder: Path, merges=MERGES, order=None) -> None:
+    characters = [chr(byte) for byte in VISIBLE] + [chr(256 + i) for i in range(68)]
+    tokens = [*characters, *map("".join, merges), "<|endoftext|>"]
+    ids = {token: i for i, token in enumerate(tokens)}
+    (folder / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
+    text = "".join(f"{a} {b}\n" for a, b in order or merges)
+    (folder / "merges.txt").write_text("#version: 0.2\n" + text, encoding="utf-8")
+
+def test_the_bpe_beside_the_weights_has_to_be_the_tokenizers(tmp_path, model):
+    folder, data = write_folder(tmp_path / "a", model), write_data(tmp_path / "data")
+    write_bpe(folder)
+    assert load_gpt2(folder, data).config.vocabulary == fingerprint(get_tokenizer(data))
+    with pytest.raises(UserError, match="another vocabulary than GPT-2: pass its --data"):
+        load_gpt2(folder)
+    write_bpe(folder, [*MERGES[:3], ("o", "n")])  # as many tokens
+    with pytest.raises(UserError, match=f"another vocabulary than {data}: pass its --data"):
+        load_gpt2(folder, data)
+    for order in (MERGES[::-1], MERGES[:3], [*MERGES[:3], ("o", "n")]):
+        write_bpe(folder, order=order)
+        with pytest.raises(UserError, match="merges.txt cannot be used"):
+            load_gpt2(folder, data)
+    for content in ("", "[]", '{"a": "b"}', '{"\u4e2d": 0}', '{"a": 5}'):
+        (folder / "vocab.json").write_text(content)
+        with pytest.raises(UserError, match="vocab.json or .* cannot be used"):
+            load_gpt2(folder, data)
+
+def test_padded_vocabularies_are_cut_and_it_says_so(tmp_path, capsys):
+    data = write_data(tmp_path / "data")
+    for size, own, folder in ((50304, 50257, ""), (320, 261, data), (262, 261, data)):
+        model = lively(GPT, vocab_size=size)
+        weights = theirs(model, **{"lm_head.weight": model.wte.weight.data})
+        loaded = load_gpt2(write_folder(tmp_path / "a", model, weights), folder)
+        assert f"the vocabulary of {size:,} is cut to" in capsys.readouterr().out
+        assert loaded.config.vocab_size == own and loaded.wte.weight.shape == (own, 24)
+        tokens = torch.randint(own, (2, 9))
+        torch.testing.assert_close(loaded(tokens), model(tokens)[..., :own])
+    for size in (250, 3000):
+        with pytest.raises(UserError, match=f"{size} tokens, where .*data has 261"):
+            load_gpt2(write_folder(tmp_path / "a", lively(GPT, vocab_size=size)), data)
+    with pytest.raises(UserError, match="no folder .*nowhere"):
+        load_gpt2(tmp_path / "a", str(tmp_path / "nowhere"))
+
+def test_a_name_is_downloaded_once_from_the_mirror(tmp_path, monkeypatch):
+    model = lively(GPT)
+    place = tmp_path / "hub" / "openai-community" / "gpt2-xl" / "resolve" / "0123"
+    monkeypatch.setenv("HF_ENDPOINT", f"file://{tmp_path}/hub")
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(gpt2.HUB, "gpt2-xl", ("0123", "0" * 24))
+    cached = tmp_path / "cache" / "gpt2-xl"
+    with pytest.raises(UserError, match=f"hub/.*config.json cannot.*: try again, .*{cached}/conf"):
+        load_gpt2("gpt2-xl")
+    write_folder(place, model)
+    with pytest.raises(UserError, match="invalid hash value.*model.safetensors by hand"):
+        load_gpt2("gpt2-xl")
+    assert [file.name for file in cached.iterdir()] == ["config.json"]
+    right = hashlib.sha256((place / "model.safetensors").read_bytes()).hexdigest()
+    monkeypatch.setitem(gpt2.HUB, "gpt2-xl", ("0123", right[:24]))
+    assert same(load_gpt2("gpt2-xl"), model)
+    (place / "model.safetensors").unlink()
+    again = load_gpt2("gpt2-xl")
+    assert same(again, model) and again.config.vocabulary == gpt2.GPT2_VOCABULARY
+    with pytest.raises(UserError, match="another vocabulary than"):
+        load_gpt2("gpt2-xl", write_data(tmp_path / "data"))
+
+def test_a_policy_comes_back_as_it_was_saved(tmp_path, model):
+    save_gpt2(model, tmp_path / "a")
+    path = tmp_path / "a" / "model.safetensors"
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0  # aligned
+    expected = theirs(model, "transformer.")
+    for name, tensor in read_safetensors(path).items():
+        assert torch.equal(tensor, expected.pop(name))
+    assert not expected and same(load_gpt2(tmp_path / "a"), model)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="model.safetensors cannot be written"):
+        save_gpt2(model, tmp_path / "file")
+
+def test_a_reward_model_keeps_its_scores_bias_and_all(tmp_path):
+    model, tokens = lively(ScalarModel), torch.randint(261, (4, 20))
+    before = copy.deepcopy(model)
+    save_gpt2(model, tmp_path)
+    assert same(model, before)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["pad_token_id"] != config["eos_token_id"]
+    back = load_gpt2(tmp_path)
+    assert type(back) is ScalarModel and back.head.bias == 0 and not back.training
+    torch.testing.assert_close(back(tokens), model(tokens), atol=1e-5, rtol=1e-5)
+
+def test_transformers_gives_the_same_logits_and_scores(tmp_path, model):
+    transformers = pytest.importorskip("transformers")
+    tokens, reward_model = torch.randint(180, (3, 17)), lively(ScalarModel)
+    save_gpt2(model, tmp_path / "a")
+    save_gpt2(reward_model, tmp_path / "rm")
+    lm = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "a")
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
+    torch.testing.assert_close(lm(tokens).logits, model(tokens), atol=1e-4, rtol=0)
+    scores = reward_model(tokens)[:, 10]
+    tokens[:, 11:] = classifier.config.pad_token_id
+    torch.testing.assert_close(classifier(tokens).logits[:, 0], scores, atol=1e-4, rtol=0)
+    lm.save_pretrained(tmp_path / "b")
+    assert same(load_gpt2(tmp_path / "b"), model)
+    classifier.save_pretrained(tmp_path / "c")
+    assert same(load_gpt2(tmp_path / "c"), load_gpt2(tmp_path / "rm"))
+
+@pytest.mark.parametrize("kind, name", [(GPT, "gpt"), (ScalarModel, "rm")])
+def test_load_and_save_on_the_command_line(tmp_path, capsys, kind, name):
+    model, out, tokens = lively(kind), str(tmp_path / "out"), torch.randint(261, (2, 9))
+    save_gpt2(model, tmp_path / "a")
+    gpt2.main(["load", str(tmp_path / "a"), "--out", out])
+    gpt2.main(["save", name, str(tmp_path / "b"), "--out", out])
+    gpt2.main(["save", f"{out}/{name}.pt", str(tmp_path / "c")])
+    loaded = rlhf.load(rlhf.Settings(data="", out=out, device="cpu"), name, kind)
+    for back in (loaded, load_gpt2(tmp_path / "b"), load_gpt2(tmp_path / "c")):
+        torch.testing.assert_close(back(tokens), model(tokens), atol=1e-5, rtol=1e-5)
+    assert f"{kind.__name__} with 261 tokens" in capsys.readouterr().out
+
+def test_errors_on_the_command_line_are_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.pt").write_bytes(b"broken")
+    for line in ("load nowhere", "save nothing.pt a", "save broken.pt a"):
+        with pytest.raises(SystemExit, match=f"gpt2: .*{line.split()[1]}"):
+            gpt2.main(line.split())

@@ -1,0 +1,501 @@
+"""prepare.py: each kind of row that people bring is understood as a whole or refused by name."""
+
+import base64
+import gzip
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+
+import pytest
+from data import prepare
+from data.files import EOT, get_tokenizer, read_comparisons, read_demonstrations
+
+ROOT = Path(__file__).parent.parent.parent
+NOTHING = SimpleNamespace(ignore=set(), lang="en")
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """A folder with a vocabulary of bytes, so that none is downloaded."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = [f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)]
+    (folder / "tokenizer.tiktoken").write_text("".join(lines))
+    return folder
+
+def write(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+def both(data: Path, kind: str) -> list[dict]:
+    """The rows of a file and of its held-out twin."""
+    return lines_of(data / f"{kind}.jsonl") + lines_of(data / f"{kind}_valid.jsonl")
+
+def run(*words, data: Path) -> None:
+    prepare.main([*map(str, words), "--data", str(data)])
+
+def refusal(*words, data: Path) -> str:
+    """The sentence with which prepare.py ends; it must not have written anything."""
+    before = {path: path.read_bytes() for path in data.glob("*.*") if path.is_file()}
+    with pytest.raises(SystemExit) as end:
+        run(*words, data=data)
+    assert {path: path.read_bytes() for path in data.glob("*.*") if path.is_file()} == before
+    assert isinstance(end.value.code, str) and "\n" not in end.value.code
+    return end.value.code
+
+def user(text, **more) -> dict:
+    return {"role": "user", "content": text, **more}
+
+def bot(text, **more) -> dict:
+    return {"role": "assistant", "content": text, **more}
+
+def said(*turns: str) -> str:
+    """Alternating turns, the user first, as a prompt."""
+    speakers = ["Human", "Assistant"] * len(turns)
+    text = "".join(f"\n\n{who}: {turn}" for who, turn in zip(speakers, turns))
+    return text + "\n\nAssistant:"
+
+WHY = "Why is ice slippery?"
+MELT = said(WHY)
+FILM, COLD = "A film of water.", "It is cold."
+SECOND = said(WHY, FILM, "Always?")
+LONGER = [user(WHY), bot(FILM), user("Always?")]
+ENDED = [*LONGER, bot("No.")]
+Q = {"prompt": WHY}
+DEMO = {"prompt": MELT, "completion": FILM}
+AB = {"prompt": WHY, "completions": ["a", "b"]}
+SHARE = [{"from": "human", "value": WHY}, {"from": "gpt", "value": FILM}]
+
+def demo(prompt=MELT, text=FILM, **more) -> list:
+    return [("sft", {"prompt": prompt, "completion": f" {text}", **more})]
+
+def pair(prompt=MELT, texts=(FILM, COLD), ranks=(0, 1), **more) -> list:
+    row = {"prompt": prompt, "completions": [f" {text}" for text in texts], "ranks": [*ranks]}
+    return [("comparisons", row | more)]
+
+READ = [(row, found) for found, rows in (
+    (demo(), [{**Q, "completion": FILM}, DEMO, {"conversations": SHARE},
+     {"prompt": MELT + " \n", "completion": f"\n{FILM}\r\n"},
+     *({"prompt": MELT.replace("\n\n", gap), "completion": FILM} for gap in ("\r\n", "\n", " ")),
+     {"prompt": f"\n\nHuman: {WHY}\nAssistant:", "completion": FILM},
+     {"prompt": f"Human:{WHY}", "completion": f"Assistant: {FILM}"},
+     {"prompt": [user(WHY)], "completion": [bot(FILM)]},
+     {"messages": [user(f" {WHY}\n", tool_calls=None), bot(f"{FILM}  ", name="")]},
+     {"conversations": [user(WHY), bot(FILM)], **Q},
+     {"instruction": WHY, "input": None, "output": FILM},
+     *({**DEMO, "label": yes} for yes in (True, 1, 1.0, "true", "Yes", "1", None))]),
+    (demo(SECOND, "No."), [
+     *({"prompt": SECOND.replace("\n\n", gap), "completion": "No."} for gap in ("\n", " ")),
+     {"prompt": SECOND.removesuffix("\n\nAssistant:"), "completion": "No."},
+     {**Q, "completion": SECOND + " No."}, {"messages": LONGER, "completion": "No."},
+     *({"messages": ENDED, "prompt": prompt} for prompt in (None, WHY, SECOND + "\n", LONGER))]),
+    ([], [Q, {"messages": LONGER}, {**Q, "completion": None, "messages": None, "extra": None},
+     *({**DEMO, "label": no} for no in (False, 0, 0.0, "FALSE", "no", "0", -1))]),
+    (pair(), [{**Q, "chosen": f" {FILM}\n", "rejected": COLD},
+     {"chosen": f"Human: {WHY}\nAssistant: {FILM}", "rejected": f"{MELT} {COLD}"},
+     {"chosen": [user(WHY), bot(FILM)], "rejected": [user(WHY), bot(COLD)]},
+     {**Q, "completions": [FILM, COLD], "ranks": None}]),
+    (pair(SECOND, ("No.", "Yes.")), [{**Q, "chosen": ENDED, "rejected": [*LONGER, bot("Yes.")]},
+     {"prompt": LONGER, "chosen": [bot("No.")], "rejected": "Yes."}]),
+    (demo() + pair(), [{"messages": [user(WHY), bot(FILM)], "chosen": FILM, "rejected": COLD},
+     {"instruction": WHY, "input": "", "output": FILM, "chosen": FILM, "rejected": COLD}]),
+    (demo(said(f'Say "Human: hi" to {EOT}')), [
+     {"prompt": f'Say "Human: hi" to {EOT}', "completion": FILM}]),
+    (demo(said("a\n\n  b"), "x\nHuman: y"), [
+     {"prompt": "  a\n\n  b ", "completion": "x\nHuman: y"},
+     {"messages": [user("a\n\n  b"), bot("x\nHuman: y")]},
+     {"completion": said("a\n\n  b") + " x\nHuman: y"}]),
+    (demo(labeler="ann", task="qa", source="us", round=2, wants=[1]), [
+     DEMO | {"labeler": "ann", "task": "qa", "source": "us", "round": 2, "wants": [1]}]),
+    (demo(f"\n\nSystem: Be brief.{MELT}"), [
+     {"messages": [{"role": "system", "content": "Be brief."}, user(WHY), bot(FILM)], **Q},
+     {"prompt": f"System: Be brief.{MELT}", "completion": FILM}]),
+    (demo(f"\n\nAssistant: Hello!{MELT}"), [
+     {"conversations": [{"from": "gpt", "value": "Hello!"}, *SHARE], **Q}]),
+    (pair(labeler="ann"), [
+     {"messages": [user(WHY)], "chosen": FILM, "rejected": COLD, "labeler": "ann"}]),
+    (pair(texts="abc", ranks=[2, 0, 2]), [
+     {**Q, "completions": ["a", "b", "c"], "ranks": [2, 0, 2]}]),
+    (pair(texts="abc", ranks=[1, 0, 1]), [
+     {**Q, "completions": ["a", "b", "c"], "scores": [0.5, 3, 0.5]}]),
+    (pair(texts="ab", ranks=[0, 0]), [{**AB, "scores": [7, 7.0]}]),
+    (demo(said("Translate.\ngato"), "cat"), [
+     {"instruction": "Translate.", "input": "gato", "output": "cat"}]),
+    ([("pretrain", {"text": "One.\nTwo."})], [{"text": "One.\r\nTwo."}]),
+) for row in rows]
+
+@pytest.mark.parametrize("row, found", READ)
+def test_rows_that_are_understood(row, found):
+    """Every row that is not a document gives its prompt, too; the row itself is not changed."""
+    before = json.dumps(row)
+    got = prepare.mine(row, NOTHING, Counter())
+    assert json.dumps(row) == before
+    if "text" not in row:
+        kind, prompt = got.pop()
+        assert kind == "prompts" and prompt["prompt"].endswith("\n\nAssistant:")
+        assert not found or prompt["prompt"] == found[0][1]["prompt"]
+    assert got == found
+
+REFUSED = [(row, named) for named, rows in {
+    **{name: [{**DEMO, name: "x"}] for name in ("system", "context", "system_prompt", "tools",
+       "history", "question", "id", "score_chosen", "rejected_response", "better", "time")},
+    "choices": [{**DEMO, "choices": ["A"]}], "n ": [{**DEMO, "n": 0}],
+    "input": [{**Q, "input": "x", "output": FILM}, {"input": WHY, "output": FILM},
+              {"instruction": WHY, "input": 5}, {**DEMO, "input": 0}],
+    r"messages\[1\].tool_calls": [{"messages": [user(WHY), bot("", tool_calls=[{"f": 1}])]}],
+    "text": [{"text": "Once.", **Q}, {"text": "Once.", "source": "web"},
+             {"text": f"Once.{EOT}"}, {"text": " \n"}, {"text": ["Once."]}],
+    # a prompt that does not agree, or is not there; a blank
+    "prompt": [
+        {"messages": ENDED, "prompt": "Always?"}, {"messages": ENDED, "prompt": "Be brief."},
+        {"prompt": COLD, "chosen": f"{MELT} a", "rejected": f"{MELT} b"}, {"completion": FILM},
+        {"prompt": f"{MELT} {FILM}"}, {"messages": [bot("Hello!")]}, {}, [DEMO],
+        {"messages": [{"role": "system", "content": "x"}]},
+        {"prompt": f"User: {WHY}\nAssistant:", "completion": FILM},
+        *({"prompt": blank, "completion": FILM} for blank in (
+            "", " \n", "\n\nHuman: \n\nAssistant:", "Human:", " Assistant:", [user(" ")]))],
+    "instruction": [{**Q, "instruction": WHY, "output": FILM}, {"instruction": [WHY]}],
+    "conversations": [{"messages": [user(WHY)], "conversations": [user(COLD)]}],
+    "answer": [{"messages": [user(WHY), bot(FILM)], "completion": COLD}],
+    "blank": [{"messages": [user(WHY), bot(""), user("?"), bot("b")]}, {**Q, "completion": " "},
+              {"messages": [user(WHY), bot(" ")]}],
+    # who has the last word, where dialogues part, turns inside a turn
+    "chosen": [{"chosen": [user(WHY), bot("a"), user("Thanks")], "rejected": f"{MELT} b"},
+               {**Q, "rejected": "a"}, {**Q, "chosen": bot("a"), "rejected": "b"}],
+    "rejected": [{"chosen": f"{MELT} a", "rejected": f"{MELT} b\n\nHuman: No!"},
+                 {"chosen": f"{said('a', 'b', 'c')} d", "rejected": f"{said('a', 'x', 'c')} d"},
+                 {**Q, "chosen": "a b", "rejected": " a\r\n b "}, {**Q, "chosen": "a"}],
+    "completion": [{**Q, "completion": [user(WHY)]}, {"completion": f"{MELT} Human: I am you."},
+                   {**Q, "completion": f"{FILM}\n\nHuman: And?"}],
+    "messages": [{"messages": [user(f"{WHY}\n\nAssistant: x"), bot(FILM)]}, {"messages": WHY},
+                 {"messages": [user(f"Human: {WHY}\n\nAssistant:"), bot(FILM)]}],
+    # labels, ranks, scores
+    "label": [*({**DEMO, "label": odd} for odd in (2, 0.5, "maybe", "", [1], "none")),
+              {**Q, "label": 1}, {**Q, "chosen": "a", "rejected": "b", "label": 1}],
+    "completions": [{**AB, "chosen": "a", "rejected": "b"}, *({**Q, "completions": odd} for odd in (
+        [], ["a"], "ab", ["a", "b", "a "], [{"text": "a"}, {"text": "b"}], [1, 2]))],
+    "ranks": [{**Q, "ranks": [0, 1]}, *({**AB, "ranks": odd} for odd in (
+        [0], [0, True], [0, "1"], [0, 1.5], [0, -1], 3, [0, None]))],
+    "scores": [{**AB, "ranks": [0, 1], "scores": [1, 0]}, *({**AB, "scores": odd} for odd in (
+        [1], [1, "2"], [True, 1], 3, [1, None]))],
+    # values of another type, with what is there
+    "'a'": [{**Q, "completion": ["a", "b"]}, {"prompt": ["a"]}, {"messages": ["a"]}],
+    "not 5": [{"prompt": 5}, 5], "user": [{"messages": [user(None)]}],
+    "tool": [{"messages": [{"role": "tool", "content": "x"}]}],
+    "type": [{"messages": [user([{"type": "text"}])]}, {**DEMO, "labeler": 7},
+             {**DEMO, "round": True}], "value": [{"messages": [user(WHY, value="x")]}],
+}.items() for row in rows]
+
+@pytest.mark.parametrize("row, named", REFUSED)
+def test_rows_that_are_refused_by_file_line_and_name(row, named, data, tmp_path):
+    path = write(tmp_path / "rows.jsonl", [DEMO, row])
+    sentence = refusal("mine", path, data=data)
+    assert f"{path}, line 2: " in sentence and re.search(named, sentence.split("line 2: ")[1])
+    assert len(sentence) < 500 and sentence.isascii()
+
+@pytest.mark.parametrize("raw, named", [
+    (b'{"prompt": "Q", "prompt": "R"}', "prompt"), (b'{"prompt": "Q", "x": NaN}', "JSON"),
+    (b'{"prompt": "Q", "x": 1e999}', "JSON"), (b'{"prompt": "\\ud800"}', "ud800"),
+    (b'{"prompt": "Q"', "JSON"), (b"[" * 99_999, "recursion"), (b'{"prompt": "\xff"}', "0xff")])
+def test_lines_that_are_not_json(raw, named, data, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "Q"}\r\n\r\n' + raw + b"\r\n")
+    sentence = refusal("mine", path, data=data)
+    assert f"{path}, line 3: " in sentence and named in sentence
+
+def test_ignored_fields_and_rows_left_out_are_counted(data, tmp_path, capsys):
+    rows = [{"prompt": f"Q{i}", "completion": "A", "id": i, "note": None} for i in range(40)]
+    rows.append({"messages": [user("Q", name="me"), bot("A", name="you")]})
+    rows += [row for row, _ in REFUSED]
+    path = write(tmp_path / "rows.jsonl", rows)
+    assert f"({len(rows)} refused, so" in refusal("mine", path, data=data)
+    run("mine", path, "--ignore", "id,name,note", "--skip-bad", data=data)
+    out = capsys.readouterr().out
+    assert f": 42 rows used, {len(rows) - 42} refused" in out and len(both(data, "sft")) == 42
+    assert "41 fields id" in out and "2 fields name ignored" in out and "fields note" not in out
+
+ROWS = [{"prompt": f"Q{i}", "completion": f"A{i}"} for i in range(30)]
+LINES = list(map(json.dumps, ROWS))
+
+@pytest.mark.parametrize("name, content", [
+    ("list.json", json.dumps(ROWS)), ("list.jsonl", json.dumps(ROWS, indent=1)),
+    ("lines.json", "\n\n".join(LINES)), ("windows.jsonl", "\r\n".join(LINES)),
+    ("x", "\n".join(LINES))])
+def test_files_that_are_read(name, content, data, tmp_path):
+    """As they are and gzipped."""
+    (tmp_path / name).write_bytes(content.encode())
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
+    for path in (tmp_path / name, tmp_path / f"{name}.gz"):
+        run("mine", path, data=data)
+        assert len(both(data, "sft")) == len(both(data, "prompts")) == 30
+
+@pytest.mark.parametrize("name, content, named", [
+    ("t.csv", b"prompt,completion\nq,a\n", "csv"), ("t.tsv", b"prompt\tcompletion\n", "tsv"),
+    ("t.bin", b"PAR1xxPAR1", "parquet"), ("t", b"ARROW1\0\0", "arrow"),
+    ("t.xlsx", b"PK\3\4..", "xlsx"), ("t.jsonl", b"PK\3\4..", "zip"),
+    ("t.jsonl", '{"prompt": "q"}'.encode("utf-16"), "UTF-16"),
+    ("t.json", json.dumps({"version": 1, "data": ROWS}, indent=1).encode(), "data"),
+    ("t.jsonl", json.dumps({"train": ROWS}).encode(), "train")])
+def test_other_formats_are_named_some_with_what_converts_them(name, content, named, data, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(content)
+    sentence = refusal("mine", path, data=data)
+    assert named in sentence and str(path) in sentence and "JSON Lines" in sentence
+    code = re.search('python -c "(.*)"', sentence)
+    assert bool(code) == (named in ("csv", "parquet", "data", "train"))
+    if code:
+        compile(code[1], "sentence", "exec")
+    if code and named != "parquet":
+        made = subprocess.run([sys.executable, "-c", code[1]], capture_output=True, check=True)
+        assert prepare.mine(json.loads(made.stdout.splitlines()[0]), NOTHING, Counter())
+
+@pytest.mark.parametrize("name, content, named", [
+    ("cut.jsonl.gz", gzip.compress(b'{"prompt": "Q"}\n' * 50)[:-9], "cut.jsonl.gz"),
+    ("bad.json", b'[{"prompt": "Q"}, {"prompt": NaN}]', "bad.json"),
+    ("latin.txt", b"ok\ncaf\xe9", "line 2"), ("one.jsonl", b'{"prompt": "Q"}', "nothing"),
+    ("folder/x.jsonl", b"", "No such file")])
+def test_files_that_cannot_be_used(name, content, named, data, tmp_path):
+    if "/" not in name:
+        (tmp_path / name).write_bytes(content)
+    assert named in refusal("mine", tmp_path / name, data=data)
+
+def test_what_begins_alike_stays_on_one_side(data, tmp_path):
+    """Even with a greeting before it, a second turn behind it, or another kind of row."""
+    rows = []
+    for i in range(400):
+        hello = [bot("Hello!")] if i % 3 == 0 else []
+        rows.append({"messages": [*hello, user(f"Q{i % 350}"), bot(f"A{i}")]})
+        rows.append({"prompt": said(f"Q{i}", "A", "And?"), "chosen": "a", "rejected": "b"})
+    path = write(tmp_path / "rows.jsonl", rows)
+    held = {}
+    for seed, count in ((1, 800), (2, 800), (2, 400)):
+        run("mine", write(path, rows[:count]), "--seed", seed, data=data)
+        train, valid = (set(re.findall(r"Q\d+", (data / name).read_text()))
+                        for name in ("prompts.jsonl", "prompts_valid.jsonl"))
+        assert not train & valid and len(train | valid) == count / 2
+        held[seed, count] = valid
+    assert held[1, 800] != held[2, 800] and 8 < len(held[1, 800]) < 40
+    assert held[2, 400] == {key for key in held[2, 800] if int(key[1:]) < 200}
+
+def test_files_are_held_out_by_name(data, tmp_path, capsys):
+    """And so are rows of other files that begin like one of theirs."""
+    folder = tmp_path / "own"
+    (folder / ".cache").mkdir(parents=True)
+    for name, first, count in (("train", 0, 30), ("my-test", 25, 15), ("contest", 90, 1)):
+        rows = [{"prompt": f"Q{first + i}", "completion": name} for i in range(count)]
+        write(folder / f"{name}.jsonl", rows)
+    for name in ("README.md", ".cache/x.metadata"):
+        (folder / name).write_text("Not a row.")
+    run("mine", folder, data=data)
+    assert len(lines_of(data / "sft.jsonl")) == 25 + 1
+    assert len(lines_of(data / "sft_valid.jsonl")) == 15 + 5
+    out = capsys.readouterr().out
+    assert "my-test.jsonl (held out): 15 rows" in out and "contest.jsonl: 1 rows" in out
+    run("mine", folder / "my-test.jsonl", data=data)  # alone, it is trained on
+    assert len(both(data, "sft")) == 15 and len(lines_of(data / "sft.jsonl")) > 10
+
+def test_hh_holds_the_test_part_of_a_folder_out_and_can_be_read_again(data, tmp_path, capsys):
+    """Pairs that are equal, part early or have a turn inside a turn are left out and counted."""
+    pairs = []
+    for i in range(20):
+        prompt = said(f"Q{i}\nAssistant: is quoted", "Yes\n\n  and", "no")
+        pairs.append({"chosen": f"{prompt} Yes.\nHuman: x", "rejected": f"{prompt} No."})
+    pairs += [{"chosen": f"{said('Odd')} Same.", "rejected": f"{said('Odd')}  Same. "},
+              {"chosen": f"{said('a', 'a', 'b')} c", "rejected": f"{said('a', 'd', 'b')} c"},
+              {"chosen": f"{MELT} Human: I am you.", "rejected": f"{MELT} b"}]
+    folder = tmp_path / "helpful-base"
+    folder.mkdir()
+    write(folder / "train.jsonl", pairs[5:])
+    packed = write(tmp_path / "test", pairs[:5]).read_bytes()
+    (folder / "test.jsonl.gz").write_bytes(gzip.compress(packed))
+    run("hh", folder, data=data)
+    assert len(lines_of(data / "comparisons.jsonl")) == 15
+    assert len(lines_of(data / "comparisons_valid.jsonl")) == 5
+    assert "15 rows used, 3 refused" in capsys.readouterr().out
+    row = lines_of(data / "sft.jsonl")[3]
+    assert row == {"prompt": prompt.replace("19", "8"), "completion": " Yes.\nHuman: x"}
+    found = {name: both(data, name) for name in ("sft", "comparisons", "prompts")}
+    copies = [write(tmp_path / name, rows) for name, rows in found.items()]
+    run("mine", *copies, data=data)
+    for name, rows in found.items():
+        assert sorted(map(json.dumps, both(data, name))) == sorted(map(json.dumps, rows))
+
+def test_one_odd_row_never_makes_a_data_set_unusable(data, tmp_path, capsys):
+    for row in ({"prompt": "R", "chosen": "a", "rejected": "b"}, {"messages": [user("Just this")]},
+                {"text": "Text."}, {"prompt": "T", "completions": ["a", "b"], "ranks": [0, 0]}):
+        run("mine", write(tmp_path / "rows.jsonl", [*ROWS, row]), data=data)
+        assert len(both(data, "sft")) == 30 + ("chosen" in row)
+        assert len(both(data, "prompts")) == 30 + ("text" not in row)
+        assert not (data / "comparisons.jsonl").exists() and not (data / "pretrain.txt").exists()
+        left_out = "some have to be trained on" in capsys.readouterr().out
+        assert left_out == ("messages" not in row)
+
+def test_wants_in_some_prompts_only_is_refused(data, tmp_path):
+    rows = [{**ROWS[0], "wants": []}, *ROWS]
+    assert "wants" in refusal("mine", write(tmp_path / "rows.jsonl", rows), data=data)
+    run("mine", tmp_path / "rows.jsonl", "--ignore", "wants", data=data)
+    rows = [{**row, "wants": []} for row in ROWS] + [{"text": "Once."}]
+    run("mine", write(tmp_path / "rows.jsonl", rows), data=data)
+    assert all("wants" in row for row in both(data, "prompts"))
+
+def test_pairs_alone_are_enough_for_all_stages(data, tmp_path, capsys):
+    """The best answers are demonstrations, all prompts are prompts; the recipe goes without ptx."""
+    rows = [{"prompt": f"Q{i}", "completions": ["a", "b", "c"], "ranks": [1, 0, 0]}
+            for i in range(30)]
+    rows += [{"prompt": "long", "chosen": "x" * 300, "rejected": ""},
+             {"prompt": "Q1", "completion": "d"}]
+    path = write(tmp_path / "pairs.jsonl", rows)
+    run("mine", path, "--context", "200", data=data)
+    assert len(both(data, "comparisons")) == 30 and len(both(data, "sft")) == 29 * 2 + 1
+    assert {row["completion"] for row in both(data, "sft")} == {" b", " c", " d"}
+    tokenizer = get_tokenizer(data)
+    assert len(read_demonstrations(data / "sft.jsonl", tokenizer, 200)) > 40
+    assert read_comparisons(data / "comparisons_valid.jsonl", tokenizer, 200)
+    assert (data / "rm_prompts.jsonl").read_bytes() == (data / "prompts.jsonl").read_bytes()
+    out = capsys.readouterr().out
+    assert re.search(r"\d\d rankings of 3 answers, \d\d with ties", out)
+    assert "1 rows of comparisons left out: over 200 tokens" in out
+    command = re.search('FEEDBACK="(.*)" OUT=(.*) ./train.sh gpt2', out)
+    assert command[1] == f"mine {path} --context 200" and command[2] == str(data)
+    bash = "python() { echo $@; }\n" + "\n".join(re.findall("    ((?:python|run=|rates=).*)", out))
+    lines = subprocess.run(["bash", "-c", bash], capture_output=True, text=True).stdout.splitlines()
+    assert [line.split()[1] for line in lines] == ["load", "sft", "rm", "ppo", "evaluate"]
+    for line in lines:
+        script, stage, *words = shlex.split(line)
+        source = (ROOT / script).read_text()
+        for name in [stage, *re.findall(r"--(\w+)", " ".join(words))]:
+            assert re.search(rf"\b{name}\b", source), (script, name)
+
+def test_all_files_are_written_or_none(data, tmp_path):
+    """Also none where people have added rows; its own rows prepare.py may write again."""
+    path = write(tmp_path / "rows.jsonl", ROWS)
+    for _ in range(2):
+        run("mine", path, data=data)
+    before = (data / "sft_valid.jsonl").read_text()
+    (data / "sft_valid.jsonl").write_text(before + '{"prompt": "a", "time": "2026-01-01"}\n')
+    assert "sft_valid.jsonl has answers" in refusal("mine", path, data=data)
+    (data / "sft_valid.jsonl").unlink()
+    (data / "prompts_valid.jsonl").unlink()
+    (data / "prompts_valid.jsonl").mkdir()  # which no file can replace
+    refusal("mine", path, "--seed", 5, data=data)
+
+def node(text, *replies, role="prompter", **more) -> dict:
+    return {"text": text, "role": role, "lang": "en", "replies": list(replies)} | more
+
+def answer(text, *replies, **more) -> dict:
+    return node(text, *replies, role="assistant", **more)
+
+def read_tree(*replies, lang="en"):
+    seen = Counter()
+    tree = {"prompt": node("How?", *replies)}
+    return prepare.oasst(tree, SimpleNamespace(ignore=set(), lang=lang), seen), seen
+
+def test_oasst_trees_become_prompts_rankings_and_demonstrations():
+    found, seen = read_tree(answer(" So.", node("Why?", answer("Because.")), rank=1),
+                            answer("Thus.", rank=0), answer("Deleted.", node("x"), deleted=True),
+                            answer("Si.", lang="es", rank=2), answer("Bad.", review_result=False))
+    how, why = said("How?"), said("How?", "So.", "Why?")
+    assert found == [*pair(how, ("So.", "Thus."), (1, 0)), ("prompts", {"prompt": how}),
+                     *demo(why, "Because."), ("prompts", {"prompt": why})]
+    assert seen["messages deleted or failed in review"] == 2
+    assert seen["messages not in en, blank, or with a turn inside"] == 1
+    found, seen = read_tree(answer("So.", rank=0), answer("Thus."))
+    assert found == [("prompts", {"prompt": how})]
+    assert seen["groups of replies that are not fully ranked"] == 1
+    with pytest.raises(ValueError, match="message"):
+        read_tree(lang="es")
+    for odd in ({"text": 5}, {"role": "x", "replies": [node("Q")]}, {"rank": "1"}):
+        with pytest.raises(ValueError):
+            read_tree(answer("So.", rank=0), answer("Thus.", rank=1) | odd)
+
+def test_downloads_have_hashes_and_one_mirror(data, monkeypatch):
+    asked = {}
+
+    def download(address, path, hash_prefix):
+        asked[address] = hash_prefix
+        if hash_prefix == "wrong":
+            raise RuntimeError("invalid hash value")
+        part = address[-15:]
+        rows = [{"text": f"{part} {i}", "id": i, "length": 3, "ended": True} for i in range(9)]
+        if "hh" in address:
+            rows = [{"chosen": f"{said(f'{part}{i}')} a", "rejected": f"{said(f'{part}{i}')} b"}
+                    for i in range(9)]
+        if "oasst" in address:
+            rows = [{"prompt": node(f"Q{i}", answer("A"))} for i in range(9)]
+        content = write(data / "rows.tmp", rows).read_bytes()
+        Path(path).write_bytes(gzip.compress(content) if path.endswith("gz") else content)
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", download)
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/")
+    for words in (["oasst"], ["hh", "--subset", "harmless-base"], ["webtext"], ["webtext"]):
+        run(*words, data=data)
+    assert len(asked) == 5
+    for address, digest in asked.items():
+        mirrored = address.startswith("https://mirror.example/datasets/")
+        assert "webtext" in address or mirrored and re.fullmatch("[0-9a-f]{32}", digest)
+    for name in ("comparisons.jsonl", "comparisons_valid.jsonl"):
+        assert len(lines_of(data / name)) == 9
+    assert "t.valid" in (data / "pretrain_valid.txt").read_text()
+    monkeypatch.setitem(prepare.SUBSETS, "helpful-base", ("wrong", "wrong"))
+    assert "invalid hash" in refusal("hh", data=data)
+
+def strings(value) -> list[str]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [text for part in value for text in strings(part)]
+    return [value] if isinstance(value, str) else []
+
+def bare(text: str) -> str:
+    """Without white space, which may change."""
+    return "".join(text.split())
+
+def mutated(row: dict, rng: Random) -> dict:
+    """With fields renamed, added, filled with something else or changed in a list."""
+    row = json.loads(json.dumps(row))
+    for _ in range(rng.randrange(3)):
+        field = rng.choice(list(row) or ["prompt"])
+        value = row.get(field)
+        other = rng.choice([*prepare.FIELDS, "system", "context", "response"])
+        change = rng.randrange(4)
+        if change == 0:
+            row[other] = row.pop(field, "x")
+        elif change == 1:
+            row[other] = rng.choice(["more", ["m", "n"], None, "", 3, [user("u"), bot("b")], True])
+        elif change == 2:
+            row[field] = rng.choice([None, "", " ", 0, [], {}, "\n\nHuman: x", [value], {"x": "y"}])
+        elif isinstance(value, list) and value:
+            value.insert(rng.randrange(2), value.pop())
+            if isinstance(value[0], dict):
+                value[0][rng.choice(["name", "content"])] = rng.choice(["t", None, ""])
+    return row
+
+def test_no_string_of_an_accepted_row_is_lost(data, tmp_path, capsys):
+    """Rows in = used + left out + refused, for 3,000 mutations of all rows that are read."""
+    rng = Random(0)
+    rows = [mutated(rng.choice(READ)[0], rng) for _ in range(3000)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    used = 0
+    for row in rows:
+        with suppress(ValueError):
+            found = prepare.mine(row, NOTHING, Counter())
+            used += 1
+            kept = bare(" ".join(strings([piece for _, piece in found])))
+            if row.pop("label", None) is not None and len(found) == 1:
+                continue  # labelled false: the answer is not used
+            for text in strings(row):
+                for turn in re.split("Human:|Assistant:|System:", text):
+                    role = turn in ("user", "assistant", "system", "human", "gpt")
+                    assert role or bare(turn) in kept, (row, found)
+    assert 500 < used < 2500
+    run("mine", path, "--skip-bad", "--ignore", "wants", data=data)
+    assert f": {used:,} rows used, {3000 - used:,} refused" in capsys.readouterr().out

@@ -1,0 +1,131 @@
+"""Every command in the READMEs and in train.sh is one that the programs understand."""
+
+import functools
+import inspect
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import bench
+import pytest
+import rlhf
+from conftest import ROOT
+from data import gpt2, label, prepare
+
+READMES = [path for path in (ROOT, ROOT / "data", ROOT / "tests") if (path / "README.md").exists()]
+MAINS = {"rlhf.py": rlhf.main, "data/prepare.py": prepare.main, "data/label.py": label.main,
+         "data/gpt2.py": gpt2.main, "tests/bench.py": bench.main}
+getsource = functools.cache(inspect.getsource)  # else the file is parsed anew for every class
+COMMAND = re.compile(r'(?:\w+=(?:"[^"]*"|\S+) )*(?:python3? |\./)\S.*')
+
+class Parsed(Exception):
+    """Raised in place of the work, once the flags are understood."""
+
+def commands(folder: Path) -> list[str]:
+    """Lines of code and `spans` that run something of ours, without comments."""
+    found = []
+    for line in (folder / "README.md").read_text(encoding="utf-8").splitlines():
+        for text in [line.strip(), *re.findall("`([^`]+)`", line)]:
+            for part in re.split(r" && |  +| -> ", text):
+                if COMMAND.fullmatch(part) and "`" not in part and "..." not in part:
+                    found.append(part)
+    return found
+
+@pytest.fixture
+def understand(monkeypatch, tmp_path):
+    """understand(words) parses them as the program itself would; files have to exist."""
+    def parsed(*_):
+        raise Parsed
+
+    def settled(stage, cfg):
+        rlhf.settle(cfg)
+        raise Parsed
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(inspect, "getsource", getsource)
+    monkeypatch.setattr(rlhf, "run_stage", settled)
+    for module, name in ((prepare, "prepare"), (prepare.fable, "make"), (prepare.fable, "show")):
+        monkeypatch.setattr(module, name, parsed)
+
+    def understand(words: list[str]) -> None:
+        while re.match(r"\w+=", words[0]):
+            words = words[1:]
+        if words[0].startswith("python"):
+            words = words[1:]
+        if words[0] == "-m":
+            assert words[1] in ("pytest", "venv", "pip")
+            return
+        assert (ROOT / words[0]).is_file(), words[0]
+        if words[0] in MAINS:
+            with pytest.raises(Parsed):
+                MAINS[words[0]](words[1:])
+
+    return understand
+
+@pytest.mark.parametrize("folder", READMES, ids=lambda folder: folder.name)
+def test_commands_are_understood(folder, understand):
+    """The script is there, its flags exist, and their values make sense."""
+    found = commands(folder)
+    assert found
+    for command in found:
+        understand(shlex.split(command, comments=True))
+
+def test_the_test_above_notices(understand):
+    understand("SMOKE=1 python rlhf.py ppo --kl_coef 0 --name x".split())
+    understand("python data/prepare.py fable --show 20".split())
+    for wrong in ("rlhf.py sft --lr 1", "rlhf.py dream", "data/label.py --k 3", "rlhf.py rm --seed",
+                  "tests/bench.py x", "data/prepare.py fabel", "data/gpt2.py fetch"):
+        with pytest.raises((SystemExit, rlhf.UserError)):
+            understand(["python", *wrong.split()])
+
+def commands_of_train_sh(folder: Path, *words: str, **environment: str) -> list[list[str]]:
+    """What train.sh, called through a link, would run: python3 here only writes that down."""
+    script = folder / "project of mine/train.sh"
+    script.parent.mkdir()
+    script.write_bytes((ROOT / "train.sh").read_bytes())
+    script.chmod(0o755)
+    (folder / "link.sh").symlink_to(script)
+    fake = folder / "bin/python3"
+    fake.parent.mkdir()
+    fake.write_text('#!/usr/bin/env bash\nprintf "%q " "$@" >> "$LOG"\necho >> "$LOG"\n')
+    fake.chmod(0o755)
+    env = {"PATH": f"{fake.parent}:{os.environ['PATH']}", "LOG": str(folder / "log")}
+    subprocess.run([folder / "link.sh", *words], cwd=folder, check=True, env=env | environment)
+    lines = (folder / "log").read_text().splitlines()
+    found = [shlex.split(line) for line in lines if not line.startswith("-c")]
+    for line in found:
+        line[0] = os.path.relpath(line[0], script.parent)
+    return found
+
+@pytest.mark.parametrize("words, environment, count", [
+    (["fable"], {}, 10), ([], {"SMOKE": "1", "OUT": "out dir"}, 10), ([], {"ROUNDS": "3"}, 16),
+    ([], {"RESUME": "1", "SEED": "2"}, 10), (["gpt2"], {"OUT": "out dir"}, 8),
+    (["gpt2"], {"MODEL": "gpt2-xl", "FEEDBACK": "hh", "SMOKE": "1"}, 8),
+    (["gpt2"], {"FEEDBACK": "mine pairs.jsonl"}, 7)])
+def test_train_sh_runs_commands_that_exist(tmp_path, understand, words, environment, count):
+    """Through a link, from a folder with blanks, into a folder with blanks."""
+    found = commands_of_train_sh(tmp_path, *words, **environment)
+    assert len(found) == count
+    for command in found:
+        understand(command)
+        folders = [command[i + 1] for i, word in enumerate(command) if word in ("--out", "--data")]
+        assert {folder.split("/")[0] for folder in folders} == {environment.get("OUT", "out")}
+
+def test_runs_of_train_sh_have_names_of_their_own(tmp_path):
+    """Else --resume would take one for the other, and a stage done again find other models."""
+    names = []
+    for script, stage, *flags in commands_of_train_sh(tmp_path, "fable", ROUNDS="3", RESUME="1"):
+        if script == "rlhf.py" and stage != "evaluate":
+            assert "--resume" in flags
+            default = rlhf.STAGES[stage].__annotations__["cfg"].name
+            names.append(flags[flags.index("--name") + 1] if "--name" in flags else default)
+    assert len(names) == len({*names}) == 11
+
+@pytest.mark.parametrize("folder", READMES, ids=lambda folder: folder.name)
+def test_linked_files_exist(folder):
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text)
+    for link in links + re.findall(r'src="(?!http)([^"]+)"', text):
+        assert (folder / link).exists(), link

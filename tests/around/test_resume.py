@@ -1,0 +1,279 @@
+"""A stopped run goes on to the same bits, wherever that was; a failure keeps the last state."""
+
+import errno
+import gc
+import itertools
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import rlhf
+import torch
+from conftest import ROOT, read_log, settings
+from data.files import lock
+
+RUNS = {  # some six steps of every stage that trains
+    "pretrain": dict(preset="test", steps=6, batch_size=4),
+    "sft": dict(epochs=2, batch_size=4, reward_model="rm"),
+    "rm": dict(epochs=2, batch_size=4),
+    "ppo": dict(iterations=5, rollout_size=4, minibatch_size=2, epochs=2),
+    "dpo": dict(epochs=2, batch_size=4),
+}
+LONGER = {"preset": "fable", "steps": 12, "epochs": 8, "iterations": 12}  # in real processes
+
+class Killed(BaseException):
+    """In place of SIGKILL: no code catches it."""
+
+def config(project: Path, stage: str, name: str, **flags):
+    kind = rlhf.STAGES[stage].__annotations__["cfg"]
+    return settings(kind, project, **{"name": name, "save_minutes": 0.05, **RUNS[stage], **flags})
+
+@pytest.fixture
+def start(project, monkeypatch):
+    """start(stage, name, **flags) runs it as the command line does."""
+    shape = dict(block_size=24, n_layer=1, n_head=2, n_embd=8)
+    monkeypatch.setitem(rlhf.PRESETS, "test", shape)
+
+    def run(stage, name="run", **flags):
+        rlhf.run_stage(rlhf.STAGES[stage], config(project, stage, name, **flags))
+
+    return run
+
+def metrics(project: Path, name: str) -> list[dict]:
+    lines = read_log(SimpleNamespace(out=project / "out", name=name))
+    for line in lines:
+        line.pop("seconds")
+    return lines
+
+def assert_same(project: Path) -> None:
+    """The run and the one that was not stopped leave the same metrics and weights."""
+    assert metrics(project, "run") == metrics(project, "whole")
+    weights = rlhf.read_tensors(project / "out/run.pt")["model"]
+    expected = rlhf.read_tensors(project / "out/whole.pt")["model"]
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, weights[name]), name
+
+@pytest.fixture
+def events(monkeypatch):
+    """Counts what a run does to its weights and files; raises Killed at number `events.at`."""
+    events = SimpleNamespace(count=0, at=-1)
+    clock = itertools.count()  # a second passes at every look: a save every other step or so
+    monkeypatch.setattr(rlhf, "time", SimpleNamespace(time=lambda: next(clock)))
+
+    def tick():
+        events.count += 1
+        if events.count == events.at:
+            raise Killed
+
+    def counted(function):
+        def wrapper(*arguments, **more):
+            tick()
+            outcome = function(*arguments, **more)
+            tick()
+            return outcome
+
+        return wrapper
+
+    for where, name in ((rlhf, "update"), (rlhf, "save"), (rlhf.Run, "log"), (rlhf.Run, "save")):
+        monkeypatch.setattr(where, name, counted(getattr(where, name)))
+    return events
+
+def kill(start, events, at: int, stage: str, **flags) -> None:
+    """Start, be killed at that event, and let go of the lock as a dead process does."""
+    events.count = 0
+    events.at = at
+    with pytest.raises(Killed):
+        start(stage, **flags)
+    gc.collect()
+    events.at = -1
+
+@pytest.mark.parametrize("stage", RUNS)
+def test_killed_anywhere_it_goes_on_to_the_same_bits(start, events, project, stage):
+    """Before or after an update, a line of the log, a file that is written; the last ones too."""
+    start(stage, "whole")
+    whole = events.count
+    rng = random.Random(stage)
+    thrice = [rng.randint(1, whole // 3) for _ in range(3)]
+    for points in (thrice, [whole - 3], [whole - 1]):
+        (project / "out/run.pt").write_text("from an earlier run")
+        for number, at in enumerate(points):
+            kill(start, events, at, stage, resume=number > 0)
+        start(stage, resume=True)
+        assert_same(project)
+        shutil.rmtree(project / "out/run")
+
+@pytest.mark.parametrize("stage, kills", [
+    ("ppo", 3), *(pytest.param(stage, 15, marks=pytest.mark.slow) for stage in RUNS)])
+def test_kills_of_real_processes(project, monkeypatch, stage, kills):
+    """SIGKILL, at random moments of training, until it has come that often."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rlhf", "torch._dynamo"])
+
+    def begin(name: str, resume: bool):
+        flags = {flag: LONGER.get(flag, value) for flag, value in RUNS[stage].items()}
+        cfg = config(project, stage, name, save_minutes=0, resume=resume, **flags)
+        process = context.Process(target=rlhf.run_stage, args=(rlhf.STAGES[stage], cfg))
+        process.start()
+        return process
+
+    began = time.time()
+    process = begin("whole", resume=False)
+    process.join()
+    assert process.exitcode == 0
+    duration = min(time.time() - began, 2.0)  # without that of the first import
+    rng = random.Random(stage)
+    state = project / "out/run/state.pt"
+    while kills > 0 or process.exitcode != 0:
+        before = state.stat().st_mtime_ns if state.exists() else 0
+        process = begin("run", resume=process.exitcode != 0)
+        while kills > 0 and process.is_alive():
+            if state.exists() and state.stat().st_mtime_ns != before:
+                process.join(rng.uniform(0, duration / 3))
+                process.kill()
+                kills -= process.is_alive()
+                break
+            time.sleep(0.002)
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        if process.exitcode == 0:
+            assert_same(project)
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_and_loses_nothing(start, project, monkeypatch, number):
+    start("pretrain", "whole")
+    update = rlhf.update
+    seen = []
+
+    def interrupted(*arguments):
+        seen.append(1)
+        if len(seen) == 3:
+            os.kill(os.getpid(), number)
+        return update(*arguments)
+
+    monkeypatch.setattr(rlhf, "update", interrupted)
+    with pytest.raises(SystemExit, match="pretrain: stopped after step 3; --resume"):
+        start("pretrain", save_minutes=1e6)
+    start("pretrain", resume=True)
+    assert len(seen) == 6  # no step was done twice
+    assert_same(project)
+
+def test_a_second_signal_stops_at_once(start, monkeypatch):
+    def impatient(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("went on")
+
+    monkeypatch.setattr(rlhf, "update", impatient)
+    with pytest.raises(SystemExit, match="pretrain: stopped at once"):
+        start("pretrain")
+
+def stopped(start, monkeypatch, stage: str) -> None:
+    """A run that stops after its second step, as by Ctrl-C, with an empty log."""
+    with monkeypatch.context() as patch:
+        patch.setattr(rlhf.Run, "log", lambda run, *_: setattr(run, "stop_asked", run.step == 1))
+        with pytest.raises(SystemExit, match="stopped after step 2"):
+            start(stage)
+    gc.collect()
+
+@pytest.mark.parametrize("stage, file", [
+    ("pretrain", "data/pretrain.txt"), ("pretrain", "data/tokenizer.tiktoken"),
+    ("sft", "data/sft.jsonl"), ("sft", "data/sft_valid.jsonl"), ("sft", "out/gpt.pt"),
+    ("rm", "data/comparisons.jsonl"), ("rm", "data/sft.jsonl"), ("ppo", "data/prompts.jsonl"),
+    ("ppo", "data/pretrain.txt"), ("ppo", "out/rm.pt"), ("dpo", "data/comparisons.jsonl"),
+])
+def test_a_changed_file_is_refused_by_name(start, project, monkeypatch, stage, file):
+    """Whatever its date is. Changed back, the run goes on."""
+    stopped(start, monkeypatch, stage)
+    path = project / file
+    content = path.read_bytes()
+    if path.suffix == ".pt":
+        torch.save(torch.load(path) | {"more": 1}, path)
+    elif path.suffix == ".tiktoken":
+        path.write_bytes(content + b"YWI= 256\n")  # a token more: "ab"
+    else:
+        path.write_bytes(content + b"\n")
+    os.utime(path, (1e9, 1e9))
+    with pytest.raises(SystemExit, match=f"{path.stem}.* changed since this run"):
+        start(stage, resume=True)
+    path.write_bytes(content)
+    start(stage, resume=True)
+
+def test_changed_flags_are_refused_by_name(start, monkeypatch):
+    stopped(start, monkeypatch, "pretrain")
+    with pytest.raises(SystemExit, match="--seed, --learning_rate changed since this run"):
+        start("pretrain", resume=True, seed=2, learning_rate=1e-3)
+    with pytest.raises(SystemExit, match="sft: .*--init.* changed since this run"):
+        start("sft", resume=True)
+
+def test_what_may_differ(start, project, monkeypatch):
+    """The folders, the gold score, how often is saved, and the rows per forward pass."""
+    start("dpo", "whole")
+    stopped(start, monkeypatch, "dpo")
+    moved = project / "elsewhere"
+    shutil.copytree(project / "data", moved / "data")
+    shutil.copytree(project / "out", moved / "out")
+    folders = dict(data=f"{moved}/data", out=f"{moved}/out", gold="none.py")
+    start("dpo", resume=True, save_minutes=7, microbatch_size=9, **folders)
+    losses = [line["loss"] for line in metrics(moved, "run")]
+    expected = [line["loss"] for line in metrics(project, "whole")]
+    assert losses == pytest.approx(expected[2:], rel=1e-4)
+
+def test_a_finished_run_is_left_alone(start, project, capsys):
+    start("rm")
+    before = [(path, path.stat().st_mtime_ns) for path in (project / "out").rglob("*")]
+    with pytest.raises(SystemExit) as end:
+        start("rm", resume=True)
+    assert not end.value.code and "run: finished already" in capsys.readouterr().out
+    assert before == [(path, path.stat().st_mtime_ns) for path in (project / "out").rglob("*")]
+
+@pytest.mark.parametrize("stage, resume", [("sft", True), ("dpo", True), ("dpo", False)])
+def test_a_run_without_its_checkpoint_or_resume_begins_anew(start, project, stage, resume):
+    start(stage, "whole")
+    start(stage)
+    (project / "out/run.pt").unlink()
+    start(stage, resume=resume)
+    assert_same(project)
+
+def test_a_second_run_in_the_same_folder_is_refused(start, project, monkeypatch):
+    """It harms nothing; a crash leaves no lock behind, and a file system may have none."""
+    start("rm")
+    files = {path: path.read_bytes() for path in (project / "out/run").iterdir()}
+    with open(project / "out/run/metrics.jsonl") as held:
+        assert lock(held)
+        for resume in (False, True):
+            with pytest.raises(SystemExit, match="rm: another run is at work in .*run"):
+                start("rm", resume=resume)
+    assert files == {path: path.read_bytes() for path in (project / "out/run").iterdir()}
+    start("rm")
+
+    def unsupported(*_):
+        raise OSError(errno.ENOTSUP, "not supported")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    start("rm")
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_a_full_disk_leaves_the_last_state(start, project, monkeypatch, stage):
+    start(stage, "whole")
+    calls = itertools.count()
+    fsync = os.fsync
+
+    def full(number):
+        if next(calls) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit, match=f"{stage}: .*cannot be written: .*No space left"):
+        start(stage, save_minutes=0)
+    gc.collect()
+    start(stage, resume=True, save_minutes=0)
+    assert_same(project)

@@ -1,0 +1,650 @@
+"""From tokens to PPO: the stages do with the equations what the paper says.
+
+Each stage is done a second time here, by hand: a row at a time, with sums in loops, and by none of
+the equations of rlhf.py. Then come the properties that such a comparison could miss.
+"""
+
+import copy
+import gc
+import itertools
+import json
+import math
+import os
+import signal
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import EOS, gpt, lively, read_log, scalar, settings, weights
+from test_equations import gae_by_double_sum
+from torch import tensor
+
+import rlhf
+from data.files import Example, Ranking, UserError, decode, get_tokenizer, read_comparisons
+from data.files import read_demonstrations, read_documents, read_prompts
+from model import GPT, ScalarModel
+from rlhf import token_logprobs
+
+def row_logprobs(policy, ids, start):
+    """log pi of the tokens from `start` on, by a forward pass over this row alone."""
+    logprobs = policy(tensor([ids]))[0, :-1].log_softmax(-1)
+    return logprobs.gather(1, tensor(ids)[1:, None])[start - 1 :, 0]
+
+# ---- models on tokens --------------------------------------------------------------------------
+
+def test_token_logprobs_are_those_of_the_softmax(policy):
+    """(B, T-1): column t has log pi of token t + 1 after tokens up to t; 0 off the mask."""
+    tokens = torch.randint(11, (3, 8))
+    mask = rlhf.action_mask(tensor([3, 1, 2]), tensor([6, 2, 8]), 8)
+    logprobs = token_logprobs(policy, tokens, mask)
+    for i, t in itertools.product(range(3), range(7)):
+        logits = policy(tokens[i : i + 1, : t + 1])[0, -1].double()
+        expected = (logits[tokens[i, t + 1]] - logits.exp().sum().log()) * mask[i, t]
+        assert logprobs[i, t].item() == pytest.approx(expected.item(), abs=1e-5)
+    assert not logprobs[mask == 0].any()
+
+def test_samples_come_with_the_log_probabilities_that_are_scored(policy, prompts):
+    """In the order of the prompts, 256 at a time; EOS is the last token of a response, if any."""
+    sampled = rlhf.sample_responses(policy, prompts * 50, 2, 6)
+    assert len(sampled) == 300
+    for prompt, (response, logprobs) in zip(prompts * 50, sampled):
+        scored = row_logprobs(policy, prompt + response, len(prompt))
+        assert logprobs == pytest.approx(scored.tolist(), abs=1e-5)
+        assert 2 not in response[:-1] and (len(response) == 6 or response[-1] == 2)
+    greedy = rlhf.complete(policy, prompts, 2, 6, temperature=0)
+    for prompt, response in zip(prompts, greedy):
+        assert response[0] == policy(tensor([prompt]))[0, -1].argmax()
+
+@pytest.mark.parametrize("lengths, size, device, expected", [
+    ([10, 10, 11, 12, 300, 900], 4, "cuda", [[4, 5], [0, 1, 2, 3]]),
+    ([10, 10, 11, 12, 300, 900], 4, "cpu", [[5], [4], [0, 1, 2, 3]]),  # 4 with 5: 600 more
+    ([3, 2, 1], 0, "cpu", [[0], [1], [2]]), ([20, 20, 147, 147], 4, "cpu", [[0, 1, 2, 3]]),
+    ([20, 20, 148, 148], 4, "cpu", [[2, 3], [0, 1]]),  # saves 256 columns of padding
+])
+def test_passes_have_rows_of_like_length(lengths, size, device, expected):
+    passes = rlhf.microbatches(range(len(lengths)), lengths, size, device)
+    assert sorted(map(sorted, passes)) == sorted(expected)
+
+def test_update_refuses_a_gradient_that_is_not_finite(policy):
+    before = weights(policy)
+    (math.inf * policy(tensor([[1, 2]])).sum()).backward()
+    with pytest.raises(UserError, match="not finite"):
+        rlhf.update(policy, rlhf.adam(policy), 0.1)
+    assert torch.equal(weights(policy), before)
+
+def test_every_item_once_an_epoch_in_a_new_order():
+    batches = [rlhf.batch_at(list(range(10)), 4, step, seed=3) for step in range(9)]
+    assert [len(batch) for batch in batches] == [4, 4, 2] * 3
+    epochs = [sum(batches[i : i + 3], []) for i in (0, 3, 6)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 3
+    assert batches[5] != rlhf.batch_at(list(range(10)), 4, 5, seed=4)
+
+def test_documents_are_whole_or_a_window():
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, 11, length) for length in (2, 3, 6, 7, 12)]
+    examples = rlhf.random_documents(documents, 2000, 6, rng)
+    every = {tuple(ids[i : i + 6]) for ids in documents for i in range(max(1, len(ids) - 5))}
+    found = Counter(tuple(ids) for ids, _ in examples)
+    assert set(found) == every and len(examples) == 2000
+    assert {start for _, start in examples} == {1}
+    assert all(300 < found[tuple(ids)] < 500 for ids in documents[:3])  # each is as likely
+
+# ---- the stages that train, by hand ------------------------------------------------------------
+
+class ByHand:
+    """Adam as the paper has it, on a gradient of norm 1 at most; the metrics of each step."""
+    def __init__(self, model):
+        self.model = model
+        self.optimizer = torch.optim.Adam(model.parameters(), 1.0, (0.9, 0.95), 1e-8)
+
+    def step(self, loss, learning_rate):
+        loss.backward()
+        norm = sum(p.grad.square().sum() for p in self.model.parameters()).sqrt()
+        for parameter in self.model.parameters():
+            parameter.grad /= max(1, norm + 1e-6)
+        self.optimizer.param_groups[0]["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm.item()
+
+def lm_by_loop(model, examples):
+    """(1): every token weighs the same."""
+    return -torch.cat([row_logprobs(model, list(ids), start) for ids, start in examples]).mean()
+
+def pairwise_by_loop(score, rankings):
+    """(2) of score(ids, prompt_len): the mean over prompts that have pairs, of means over pairs."""
+    means = []
+    for ranking in rankings:
+        scores = [score(*example) for example in ranking.examples]
+        losses = []
+        for i, j in itertools.permutations(range(len(scores)), 2):
+            if ranking.ranks[i] < ranking.ranks[j]:
+                losses.append(torch.log1p(torch.exp(scores[j] - scores[i])))
+        if losses:
+            means.append(sum(losses) / len(losses))
+    return sum(means) / len(means)
+
+def close_weights(a, b, tolerance):
+    """All but a few: the keys' biases have no gradient but rounding, which Adam makes a step of."""
+    assert (weights(a) - weights(b)).abs().quantile(0.99) < tolerance
+
+def assert_trained(cfg, model, total, loss_of_step, warmup=0.0, after=None):
+    """What a stage logged and saved is what is found by hand; returns its log."""
+    hand, log = ByHand(model), read_log(cfg)
+    for step in range(total):
+        loss = loss_of_step(step)
+        rate = 0.55 + 0.45 * math.cos(math.pi * step / total)
+        if warmup:
+            rate = min(rate, (step + 1) / (warmup * total))
+        norm = hand.step(loss, cfg.learning_rate * rate)
+        line = log[step]
+        assert line["step"] == step + 1 and line["loss"] == pytest.approx(loss.item(), abs=1e-3)
+        assert line["grad_norm"] == pytest.approx(norm, rel=1e-2)
+        for key, value in (after(step) if after else {}).items():
+            assert line.get(key) == pytest.approx(value, abs=1e-3), (key, step)
+    close_weights(rlhf.load(cfg, cfg.name, type(model)), model, 1e-3)
+    return log
+
+def test_pretraining_by_hand(project, tokenizer, monkeypatch):
+    """(1) over random documents, of all tokens but the first; a warmup, then a cosine."""
+    monkeypatch.setitem(rlhf.PRESETS, "tiny", dict(block_size=16, n_layer=1, n_head=1, n_embd=8))
+    cfg = settings(rlhf.Pretrain, project, preset="tiny", steps=101, batch_size=3)
+    torch.manual_seed(4)
+    model = GPT(rlhf.GPTConfig(257, 16, 1, 1, 8))
+    torch.manual_seed(4)
+    rlhf.pretrain(cfg)
+    documents = read_documents(project / "data/pretrain.txt", tokenizer)
+    valid = read_documents(project / "data/pretrain_valid.txt", tokenizer)
+
+    def loss(step):
+        rng = np.random.default_rng([cfg.seed, step])
+        return lm_by_loop(model, rlhf.random_documents(documents, 3, 16, rng))
+
+    def heldout(step):
+        if step not in (99, 100):
+            return {"heldout/loss": None}
+        return {"heldout/loss": lm_by_loop(model, [(ids[:16], 1) for ids in valid]).item()}
+
+    assert_trained(cfg, model, 101, loss, warmup=0.05, after=heldout)
+
+@pytest.mark.parametrize("microbatch_size", [1, 3, 100])
+def test_sft_by_hand(project, tokenizer, microbatch_size):
+    """(1) of the completions, by token however rows are passed; validation after each epoch."""
+    cfg = settings(rlhf.SFT, project, epochs=2, batch_size=4, dropout=0.0, learning_rate=1e-2,
+                   microbatch_size=microbatch_size)
+    rlhf.sft(cfg)
+    model = rlhf.load(cfg, "gpt")
+    train = read_demonstrations(project / "data/sft.jsonl", tokenizer, 24)
+    valid = read_demonstrations(project / "data/sft_valid.jsonl", tokenizer, 24)
+
+    def validation(step):
+        return {"valid/loss": lm_by_loop(model, valid).item() if step in (2, 5) else None}
+
+    assert_trained(cfg, model, 6, lambda step: lm_by_loop(
+        model, rlhf.batch_at(train, 4, step, cfg.seed)), after=validation)
+
+@pytest.mark.parametrize("microbatch_size", [1, 18, 100])
+def test_rm_by_hand(project, tokenizer, microbatch_size):
+    """(2) of the score at EOS; in the end, demonstrations score 0 on average."""
+    cfg = settings(rlhf.RM, project, batch_size=4, learning_rate=1e-2,
+                   microbatch_size=microbatch_size)
+    torch.manual_seed(4)
+    model = rlhf.scalar_model(rlhf.load(cfg, "sft"))
+    torch.manual_seed(4)
+    rlhf.rm(cfg)
+    train = read_comparisons(project / "data/comparisons.jsonl", tokenizer, 24)
+
+    def loss(step):
+        batch = rlhf.batch_at(train, 4, step, cfg.seed)
+        return pairwise_by_loop(lambda ids, _: model(tensor([ids]))[0, -1], batch)
+
+    log = assert_trained(cfg, model, 6, loss)
+    assert {"eval/accuracy", "eval_heldout_labelers/accuracy"} <= set(log[-1]) and len(log) == 7
+    trained = rlhf.load(cfg, "rm", ScalarModel)
+    demonstrations = read_demonstrations(project / "data/sft.jsonl", tokenizer, 24)
+    scores = [trained(tensor([example.ids]))[0, -1].item() for example in demonstrations]
+    assert np.mean(scores) == pytest.approx(0, abs=1e-5) and np.std(scores) > 1e-3
+
+@pytest.mark.parametrize("microbatch_size", [1, 100])
+def test_dpo_by_hand(project, tokenizer, microbatch_size):
+    """(2) of beta log(pi / ref) of whole responses; a warmup of a tenth, then a cosine."""
+    cfg = settings(rlhf.DPO, project, batch_size=4, epochs=7, learning_rate=5e-3, beta=0.7,
+                   microbatch_size=microbatch_size)
+    rlhf.dpo(cfg)
+    model, ref = rlhf.load(cfg, "ppo_init"), rlhf.load(cfg, "ppo_init")
+    train = read_comparisons(project / "data/comparisons.jsonl", tokenizer, 24)
+
+    def implicit(ids, start):
+        logs = [row_logprobs(net, ids, start).sum() for net in (model, ref)]
+        return cfg.beta * (logs[0] - logs[1].detach())
+
+    log = assert_trained(cfg, model, 21, lambda step: pairwise_by_loop(
+        implicit, rlhf.batch_at(train, 4, step, cfg.seed)), warmup=0.1)
+    assert log[0]["loss"] == pytest.approx(math.log(2))
+
+# ---- PPO by hand -------------------------------------------------------------------------------
+
+def ppo_settings(project, **fields):
+    small = dict(iterations=2, rollout_size=6, minibatch_size=4, microbatch_size=3, ema_decay=0.7)
+    return settings(rlhf.PPO, project, **small | fields)
+
+@pytest.fixture
+def calls(monkeypatch):
+    """calls(name): (arguments, result) of every call of this function; the calls go through."""
+    def watch(name: str) -> list:
+        def record(*arguments, **more):
+            result = function(*arguments, **more)
+            seen.append((arguments, result))
+            return result
+
+        seen, function = [], getattr(rlhf, name)
+        monkeypatch.setattr(rlhf, name, record)
+        return seen
+    return watch
+
+def episode_by_hand(nets, record, response, cfg):
+    """One episode: (3), then (4) as a double sum."""
+    ids, start = record["prompt_ids"] + response, len(record["prompt_ids"])
+    with torch.no_grad():
+        old = row_logprobs(nets.policy, ids, start)
+        log_ratios = old - row_logprobs(nets.ref, ids, start)
+        values = nets.value(tensor([ids]))[0, start - 1 : -1]
+        score = nets.reward(tensor([ids]))[0, -1].item()
+    ended = response[-1] == EOS
+    if not ended:
+        score = cfg.missing_eos_score
+    rewards = [-cfg.kl_coef * x.item() for x in log_ratios]
+    rewards[-1] += score
+    advantages = gae_by_double_sum(rewards, values.tolist(), cfg.gamma, cfg.lam)
+    return SimpleNamespace(ids=ids, start=start, old=old, values=values, advantages=advantages,
+                           returns=tensor(advantages) + values, n=len(response), score=score,
+                           kl=log_ratios.sum().item(), ended=float(ended))
+
+def losses_by_hand(nets, episodes, cfg):
+    """(5), (6) and their statistics, token by token."""
+    found = {key: [] for key in ("loss/policy", "loss/value", "val/ratio", "policy/clipfrac",
+                                 "policy/approxkl", "val/clipfrac", "val/error")}
+    for e in episodes:
+        new = row_logprobs(nets.policy, e.ids, e.start)
+        now = nets.value(tensor([e.ids]))[0, e.start - 1 : -1]
+        for t in range(e.n):
+            ratio = (new[t] - e.old[t]).exp()
+            near = ratio.clamp(1 - cfg.cliprange, 1 + cfg.cliprange)
+            plain, clipped = ratio * e.white[t], near * e.white[t]
+            found["loss/policy"].append(-min(plain, clipped))
+            found["policy/clipfrac"].append(float(clipped < plain))
+            found["policy/approxkl"].append((new[t] - e.old[t]).item() ** 2 / 2)
+            found["val/ratio"].append(ratio.item())
+            old, target, eps = e.values[t], e.returns[t], cfg.cliprange_value
+            errors = (now[t] - target) ** 2, (now[t].clamp(old - eps, old + eps) - target) ** 2
+            found["loss/value"].append(max(errors) / 2)
+            found["val/clipfrac"].append(float(errors[1] > errors[0]))
+            found["val/error"].append(errors[0].item())
+    return {key: sum(x) / len(x) for key, x in found.items()}
+
+def ppo_by_hand(cfg, sampled, records, documents):
+    """The metrics of each iteration, and the average that is saved."""
+    tokenizer, gold = get_tokenizer(cfg.data), rlhf.gold_function(records, cfg.gold)
+    policy, ref, ema = (rlhf.load(cfg, "ppo_init") for _ in range(3))
+    value, reward = (rlhf.load(cfg, "rm", ScalarModel) for _ in range(2))
+    nets = SimpleNamespace(policy=policy, ref=ref, value=value, reward=reward)
+    policy_hand, value_hand, log = ByHand(policy), ByHand(value), []
+    for iteration, (_, responses) in enumerate(sampled):
+        rng = np.random.default_rng([cfg.seed, iteration])
+        batch = rlhf.batch_at(records, cfg.rollout_size, iteration, cfg.seed)
+        episodes = [episode_by_hand(nets, record, response, cfg)
+                    for record, (response, _) in zip(batch, responses, strict=True)]
+        pooled = np.concatenate([e.advantages for e in episodes])
+        for e in episodes:
+            e.white = [(a - pooled.mean()) / pooled.std() for a in e.advantages]
+        size = cfg.minibatch_size
+        minibatches = rlhf.chunks(list(range(len(batch))), size)
+        for _ in range(cfg.epochs - 1):
+            minibatches += rlhf.chunks(rng.permutation(len(batch)).tolist(), size)
+        warmup, steps = min(1, 0.1 + 0.09 * iteration), []
+        for minibatch in minibatches:
+            stats = losses_by_hand(nets, [episodes[i] for i in minibatch], cfg)
+            loss = stats["loss/policy"]
+            if cfg.ptx_coef:
+                count = round(cfg.ptx_ratio * size)
+                text = rlhf.random_documents(documents, count, cfg.window, rng)
+                stats["loss/ptx"] = lm_by_loop(policy, text)
+                loss = loss + cfg.ptx_coef * stats["loss/ptx"]
+            rates = cfg.learning_rate * warmup, cfg.value_learning_rate * warmup
+            stats["policy/grad_norm"] = policy_hand.step(loss, rates[0])
+            stats["val/grad_norm"] = value_hand.step(stats["loss/value"], rates[1])
+            for average, new in zip(ema.parameters(), policy.parameters()):
+                average.data = cfg.ema_decay * average.data + (1 - cfg.ema_decay) * new.data
+            steps.append({key: torch.as_tensor(x).item() for key, x in stats.items()})
+        metrics = {key: np.mean([step[key] for step in steps]) for key in steps[0]}
+        kl = [e.kl for e in episodes]
+        returns = torch.cat([e.returns for e in episodes])
+        metrics |= {
+            "step": iteration + 1, "learning_rate": cfg.learning_rate * warmup,
+            "objective/scores": np.mean([e.score for e in episodes]), "objective/kl": np.mean(kl),
+            "objective/rlhf_reward": np.mean([e.score - cfg.kl_coef * e.kl for e in episodes]),
+            "objective/entropy": -np.mean([e.old.sum().item() for e in episodes]),
+            "objective/gold": np.mean([sum(gold(record, decode(tokenizer, response)).values())
+                                       for record, (response, _) in zip(batch, responses)]),
+            "eos_fraction": np.mean([e.ended for e in episodes]),
+            "response_length": np.mean([e.n for e in episodes]),
+            "val/var_explained": 1 - metrics["val/error"] / returns.var(correction=0).item(),
+        }
+        log.append(metrics)
+    return log, ema
+
+@pytest.mark.parametrize("fields", [
+    dict(ptx_coef=3.0, ptx_ratio=1.25, iterations=3), dict(microbatch_size=1),
+    dict(microbatch_size=100, ptx_coef=0.0, epochs=3, gamma=0.9, lam=0.6, minibatch_size=2,
+         cliprange=0.02, cliprange_value=0.03, learning_rate=0.02, value_learning_rate=0.05,
+         kl_coef=0.5, missing_eos_score=-2.5, max_kl=1e9),
+])
+def test_ppo_by_hand(project, tokenizer, calls, fields):
+    """(3) to (7): every number of every iteration, and the weights that are saved."""
+    cfg, sampled = ppo_settings(project, **fields), calls("sample_responses")
+    rlhf.ppo(cfg)
+    records = read_prompts(project / "data/prompts.jsonl", tokenizer, 24 - 5)
+    records *= math.ceil(cfg.iterations * cfg.rollout_size / len(records))
+    documents = read_documents(project / "data/pretrain.txt", tokenizer)
+    expected, ema = ppo_by_hand(cfg, sampled, records, documents)
+    log = read_log(cfg)
+    for line, metrics in zip(log, expected, strict=True):
+        for key, x in metrics.items():
+            assert line[key] == pytest.approx(x, abs=2e-4, rel=2e-3), key
+    other = {"seconds", "sampler_gap", "heldout/loss"}
+    assert set(log[0]) == set(expected[0]) | other
+    assert 0 < log[0]["eos_fraction"] < 1 and log[0]["objective/kl"] == 0 != log[1]["objective/kl"]
+    close_weights(rlhf.load(cfg, cfg.name), ema, 1e-3)
+
+# ---- PPO in particular -------------------------------------------------------------------------
+
+def test_twelve_iterations(project, tokenizer, calls):
+    """Both rates warm up over ten, from a tenth (C.4). What is sampled is what is scored. The loss
+    on held-out text is logged at first, at last, and every ten."""
+    cfg, updates = ppo_settings(project, iterations=12, learning_rate=1e-9), calls("update")
+    rlhf.ppo(cfg)  # two updates an iteration
+    log, factors = read_log(cfg), np.repeat([0.1 + 0.09 * i for i in range(10)] + [1, 1], 2)
+    assert [rate for (_, _, rate), _ in updates[::2]] == pytest.approx(1e-9 * factors, rel=1e-6)
+    assert [rate for (_, _, rate), _ in updates[1::2]] == pytest.approx(5e-4 * factors)
+    assert all(line["sampler_gap"] < 1e-5 for line in log)
+    valid = read_documents(project / "data/pretrain_valid.txt", tokenizer)
+    loss = lm_by_loop(rlhf.load(cfg, "ppo_init"), [(ids[:24], 1) for ids in valid]).item()
+    heldout = {line["step"]: line["heldout/loss"] for line in log if "heldout/loss" in line}
+    assert heldout == pytest.approx({1: loss, 11: loss, 12: loss}, abs=1e-4)
+
+def test_the_ratio_is_exactly_one_before_the_first_update(project, calls):
+    """(5) log pi of the first minibatch of an iteration is log pi_old, to the bit."""
+    losses = calls("policy_loss")
+    rlhf.ppo(ppo_settings(project))  # passes of 3, 1 and 2 rows an iteration
+    same = [torch.equal(new, old * mask) for (new, old, _, mask, *_), _ in losses]
+    assert same == [True, True, False] * 2
+
+def test_a_ratio_that_is_not_one_stops_the_run(project, monkeypatch):
+    logprobs = rlhf.token_logprobs
+    monkeypatch.setattr(rlhf, "token_logprobs", lambda policy, tokens, mask: (
+        logprobs(policy, tokens, mask) + 0.01 * torch.is_grad_enabled() * mask))
+    with pytest.raises(UserError, match="ratio .* 1.01"):
+        rlhf.ppo(ppo_settings(project))
+
+def test_five_networks_are_alive(project, monkeypatch):
+    """Policy, reference and average; reward model and value network. No copy more."""
+    cfg, alive, update = ppo_settings(project, iterations=1, minibatch_size=6), [], rlhf.update
+    policy, reward = rlhf.load(cfg, "ppo_init"), rlhf.load(cfg, "rm", ScalarModel)
+    expected = 3 * weights(policy).numel() + 2 * weights(reward).numel()
+
+    def count():
+        gc.collect()
+        return sum(p.numel() for p in gc.get_objects() if type(p) is torch.nn.Parameter)
+
+    def look(*arguments):
+        alive.append(count() - before)
+        return update(*arguments)
+
+    before = count()
+    monkeypatch.setattr(rlhf, "update", look)
+    rlhf.ppo(cfg)
+    assert alive == [expected, expected]
+
+def test_a_rule_in_place_of_the_reward_model(project, tokenizer, monkeypatch, calls):
+    """The class Reward is all that changes: no checkpoint; the values start from the policy."""
+    class Rule:
+        def __init__(self, cfg):
+            self.models = []  # none that reads tokens
+
+        def __call__(self, prompts, texts, tokens, total_lens):
+            assert [decode(tokenizer, row[:n]) for row, n in zip(tokens.tolist(), total_lens)] == [
+                prompt + text for prompt, text in zip(prompts, texts)]
+            return tensor([float(len(text)) for text in texts])
+
+    (project / "out/rm.pt").unlink()
+    monkeypatch.setattr(rlhf, "Reward", Rule)
+    cfg, sampled = ppo_settings(project, missing_eos_score=7.0), calls("sample_responses")
+    rlhf.ppo(cfg)
+    for line, (_, responses) in zip(read_log(cfg), sampled):
+        scores = [len(decode(tokenizer, x)) if x[-1] == EOS else 7.0 for x, _ in responses]
+        assert line["objective/scores"] == pytest.approx(np.mean(scores))
+
+def test_where_the_value_network_begins(project):
+    """At the reward model, at --value_init, or at the policy."""
+    cfg, policy = ppo_settings(project), rlhf.load(ppo_settings(project), "ppo_init")
+    rlhf.save(project / "out/other.pt", lively(copy.deepcopy(rlhf.load(cfg, "rm", ScalarModel))))
+    for cfg.value_init, name in (("", "rm"), ("other", "other")):
+        value = rlhf.value_network(policy, cfg)
+        assert torch.equal(weights(value), weights(rlhf.load(cfg, name, ScalarModel)))
+    cfg.value_init, cfg.reward_model = "", "missing"
+    assert torch.equal(weights(rlhf.value_network(policy, cfg).gpt), weights(policy))
+
+@pytest.mark.parametrize("rollout_size", [1, 4])
+def test_a_policy_that_ends_at_once(project, rollout_size):
+    """Responses of EOS alone, and one episode: nothing is NaN."""
+    cfg = ppo_settings(project, rollout_size=rollout_size, minibatch_size=1, ptx_coef=0.0)
+    policy = rlhf.load(cfg, "ppo_init")
+    torch.nn.init.constant_(policy.wte.weight[EOS], 9.0)
+    rlhf.save(project / "out/ppo_init.pt", policy)
+    rlhf.ppo(cfg)
+    for line in read_log(cfg):
+        assert line["response_length"] == line["eos_fraction"] == 1
+        assert ("val/var_explained" in line) == (rollout_size > 1)
+    assert weights(rlhf.load(cfg, cfg.name)).isfinite().all()
+
+def test_max_kl_ends_the_updates_of_an_iteration(project, calls):
+    """The minibatch that goes too far is no step, and leaves no gradient for the next one."""
+    cfg = ppo_settings(project, minibatch_size=1, learning_rate=0.1, max_kl=1e-3, ptx_coef=0.0)
+    updates = calls("update")
+    rlhf.ppo(cfg)
+    assert 2 <= len(updates) // 2 < 12 and len(read_log(cfg)) == 2
+    assert all(p.grad is None for (model, *_), _ in updates for p in model.parameters())
+    assert all(line["policy/approxkl"] <= 1e-3 for line in read_log(cfg))
+
+# ---- the other stages --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("scores, kept", [(None, 5), ([1.0, 3.0, 2.0], 3), ([3.0, 2.0, 1.0], 1)])
+def test_sft_keeps_the_epoch_that_the_reward_model_likes(
+    project, tokenizer, monkeypatch, scores, kept
+):
+    """C.1: the best by its score, be the loss as it may; without a reward model the last."""
+    plan = iter(scores or [])
+    monkeypatch.setattr(rlhf, "score", lambda *_: tensor([next(plan)]))
+    cfg = settings(rlhf.SFT, project, epochs=3, batch_size=5, reward_model="rm" if scores else "")
+    rlhf.sft(cfg)
+    valid = read_demonstrations(project / "data/sft_valid.jsonl", tokenizer, 24)
+    loss, log = lm_by_loop(rlhf.load(cfg, "sft"), valid).item(), read_log(cfg)
+    assert loss == pytest.approx(log[kept]["valid/loss"], abs=1e-5)
+    assert [line.get("valid/score") for line in log[1::2]] == (scores or [None] * 3)
+
+def test_sft_with_pretraining_text_and_dropout(project, monkeypatch):
+    """Ten demonstrations and a third of all rows from the text; dropout in training alone."""
+    seen, lm_pass = [], rlhf.lm_pass
+
+    def look(model, examples, cfg, coef=0.0):
+        seen.append((model.training, model.h[0].dropout.p, coef, len(examples)))
+        return lm_pass(model, examples, cfg, coef)
+
+    monkeypatch.setattr(rlhf, "lm_pass", look)
+    cfg = settings(rlhf.SFT, project, epochs=1, batch_size=20, pretrain_fraction=1 / 3)
+    rlhf.sft(cfg)
+    assert seen == [(True, 0.2, 1.0, 15), (False, 0.2, 0.0, 4)]
+    with pytest.raises(UserError, match="--window 25 is longer than the context of 24"):
+        rlhf.sft(settings(rlhf.SFT, project, pretrain_fraction=0.5, window=25))
+
+def test_accuracy_report_by_loop(reward_model, tmp_path):
+    """Over untied pairs, by whether the labeler was seen in training; nothing is NaN."""
+    cfg, valid = settings(rlhf.RM, tmp_path), []
+    for ranks, who in (([0, 1, 1, 2], "a"), ([3, 0, 1, 2], "a"), ([1, 0, 0, 0], "b")):
+        examples = [Example([1] * (who == "b") + [1, j, 0], 1) for j in range(2, 6)]
+        valid.append(Ranking(examples, ranks, who))
+    report, margins = rlhf.accuracy_report(reward_model, valid, {"a"}, cfg), {"a": [], "b": []}
+    every, lengths = [], []
+    for ranking in valid:
+        scores = [reward_model(tensor([x.ids]))[0, -1].item() for x in ranking.examples]
+        every += scores
+        lengths += [len(x.ids) - 1 for x in ranking.examples]
+        for i, j in itertools.permutations(range(4), 2):
+            if ranking.ranks[i] < ranking.ranks[j]:
+                margins[ranking.labeler].append(scores[i] - scores[j])
+    for name, who in (("eval", "a"), ("eval_heldout_labelers", "b")):
+        assert report[f"{name}/accuracy"] == pytest.approx(np.mean(np.array(margins[who]) > 0))
+        assert report[f"{name}/margin"] == pytest.approx(np.mean(margins[who]), abs=1e-5)
+    assert report["eval/score_std"] == pytest.approx(np.std(every), abs=1e-5)
+    correlation = np.corrcoef(every, lengths)[0, 1]
+    assert report["eval/length_correlation"] == pytest.approx(correlation, abs=1e-4)
+    report = rlhf.accuracy_report(reward_model, valid[:2], {"a"}, cfg)
+    assert set(report) == {"eval/score_std", "eval/accuracy", "eval/margin"}
+    torch.nn.init.zeros_(reward_model.head.weight)
+    report = rlhf.accuracy_report(reward_model, valid, {"a"}, cfg)
+    assert "eval/length_correlation" not in report and report["eval/accuracy"] == 0
+
+def test_the_table_by_hand(project, tokenizer, calls):
+    """Every column of `evaluate` from the responses that were sampled."""
+    cfg = settings(rlhf.Evaluate, project, models="gpt+fewshot, sft,nothing")
+    completed = calls("complete")
+    rlhf.evaluate(cfg)
+    responses = [result for _, result in completed]
+    found = json.loads((project / "out/evaluate.json").read_text())
+    table, gold = found["table"], rlhf.gold_function([{"wants": 1}], cfg.gold)
+    records = read_prompts(project / "data/prompts_valid.jsonl", tokenizer, 19)
+    probes = read_prompts(project / "data/probes.jsonl", tokenizer, 19)
+    shots = sum((x.ids[:-1] for x in read_demonstrations(
+        project / "data/fewshot.jsonl", tokenizer, 19)), [])
+    reward, ref = rlhf.load(cfg, "rm", ScalarModel), rlhf.load(cfg, "ppo_init")
+    for title, (own, probed) in zip(table, (responses[:2], responses[2:]), strict=True):
+        row, policy = table[title], rlhf.load(cfg, title.split("+")[0])
+        expected = {key: [] for key in ("helpful", "harmless", "RM score", "length", "KL", "EOS")}
+        for record, response in zip(records, own, strict=True):
+            ids = record["prompt_ids"]
+            shown = (shots + ids)[-19:] if title == "gpt+fewshot" else ids
+            logs = [row_logprobs(net, given + response, len(given)).sum().item()
+                    for net, given in ((policy, shown), (ref, ids))]
+            expected["KL"].append(logs[0] - logs[1])
+            expected["RM score"].append(reward(tensor([ids + response]))[0, -1].item())
+            expected["length"].append(len(response))
+            expected["EOS"].append(response[-1] == EOS)
+            for axis, x in gold(record, decode(tokenizer, response)).items():
+                expected[axis].append(x)
+        totals = np.add(expected["helpful"], expected["harmless"])
+        assert found["gold"][title] == pytest.approx(totals)
+        documents = read_documents(project / "data/pretrain_valid.txt", tokenizer)
+        expected["held-out loss"] = [lm_by_loop(policy, [(x[:24], 1) for x in documents]).item()]
+        expected["in-context"] = [decode(tokenizer, x).startswith(probe["completion"])
+                                  for probe, x in zip(probes, probed, strict=True)]
+        rate, margin = rlhf.win_rate(totals, np.array(found["gold"]["sft"]))
+        expected |= {"win rate": [rate], "±": [margin]}
+        assert row == pytest.approx({key: np.mean(x) for key, x in expected.items()}, abs=1e-4)
+    cells = [line.split("|") for line in (project / "out/evaluate.md").read_text().splitlines()]
+    assert len({len(line) for line in cells}) == 1 and len(cells) == 4
+    assert [cell.strip() for cell in cells[3][2:4]] == ["0.500", "0.000"]
+
+def test_the_same_step_is_the_same_whoever_starts_it(project, monkeypatch):
+    """Whatever was drawn before; and killed after any step, --resume goes on to the same bits."""
+    def run(**fields):
+        cfg = ppo_settings(project, iterations=3, **fields)
+        rlhf.ppo(cfg)
+        lines = [{**line, "seconds": 0} for line in read_log(cfg)]
+        return weights(rlhf.load(cfg, cfg.name)), lines
+
+    expected, log = run()
+    torch.manual_seed(99)
+    assert torch.equal(run()[0], expected)
+    for last in (2, 3):
+        def killed(self, metrics, *shown):
+            write(self, metrics, *shown)
+            if self.step + 1 == last:  # the log is ahead of what has been saved
+                raise MemoryError
+
+        with monkeypatch.context() as patch:
+            write = rlhf.Run.log
+            patch.setattr(rlhf.Run, "log", killed)
+            with pytest.raises(MemoryError):
+                run(save_minutes=0.0)
+        again, lines = run(resume=True, save_minutes=0.0)
+        assert torch.equal(again, expected) and lines == log
+    with pytest.raises(SystemExit):
+        run(resume=True)  # finished already
+    for name in ("prompts.jsonl", "pretrain.txt"):
+        (project / "data" / name).open("a").write("\n")
+    with pytest.raises(UserError, match="--kl_coef, prompts.jsonl, pretrain.txt changed"):
+        run(resume=True, kl_coef=0.5)
+    assert not torch.equal(run(seed=2)[0], expected)
+
+def test_a_stop_that_is_asked_for(project, monkeypatch):
+    """Ctrl-C finishes the step and saves; and two runs do not share a folder."""
+    schedule, handler = rlhf.schedule, signal.getsignal(signal.SIGINT)
+
+    def interrupt(*arguments, **more):
+        os.kill(os.getpid(), signal.SIGINT)
+        return schedule(*arguments, **more)
+
+    monkeypatch.setattr(rlhf, "schedule", interrupt)
+    with pytest.raises(KeyboardInterrupt, match="after step 1"):
+        rlhf.dpo(settings(rlhf.DPO, project))
+    state = torch.load(project / "out/dpo/state.pt", weights_only=True)
+    run = rlhf.Run(settings(rlhf.DPO, project, name="other"), 1, [], [])
+    with pytest.raises(UserError, match="another run is at work in .*other"):
+        rlhf.Run(run.cfg, 1, [], [])
+    assert state["step"] == 1 and signal.getsignal(signal.SIGINT) is handler
+
+@pytest.mark.parametrize("network, other", [(gpt, ScalarModel), (scalar, GPT)])
+def test_checkpoint_round_trip(network, other, template, tmp_path):
+    """Plain types and tensors in one file; comes back in eval mode, bit by bit."""
+    cfg, model = settings(rlhf.SFT, tmp_path, data=""), network()
+    rlhf.save(tmp_path / "out/m.pt", model)
+    again = rlhf.load(cfg, "m", type(model))
+    assert vars(again.config) == vars(model.config) and not again.training
+    assert torch.equal(weights(model), weights(again))
+    assert rlhf.load(cfg, f"{tmp_path}/out/m.pt", type(model), 0.25).config.dropout == 0.25
+    with pytest.raises(UserError, match=f"m.pt holds a .*, but a {other.__name__} is needed"):
+        rlhf.load(cfg, "m", other)
+    cfg.data = str(template / "data")
+    with pytest.raises(UserError, match="m.pt was trained on another vocabulary"):
+        rlhf.load(cfg, "m", type(model))
+    (tmp_path / "out/bad.pt").write_bytes((tmp_path / "out/m.pt").read_bytes()[:-1000])
+    for name in ("missing", "bad"):
+        with pytest.raises(UserError, match=f"{name}.pt"):
+            rlhf.load(cfg, name, type(model))
+
+def test_impossible_settings_are_refused(tmp_path):
+    for fields in (dict(gamma=1.01), dict(lam=-0.1), dict(learning_rate=math.nan), dict(epochs=0),
+                   dict(name="rm"), dict(name="ppo_init")):
+        with pytest.raises(UserError, match="--{} {}".format(*list(fields.items())[0])):
+            rlhf.settle(settings(rlhf.PPO, tmp_path, **fields))
+    cfg = settings(rlhf.PPO, tmp_path, gamma=1, lam=0, device="auto", dtype="auto")
+    rlhf.settle(cfg)
+    assert (cfg.device, cfg.dtype) in (("cpu", "float32"), ("cuda", "bfloat16"))
+    assert rlhf.longest_prompt([gpt(block_size=40), gpt(block_size=32)], cfg) == 27
+    cfg.max_new_tokens = 32
+    with pytest.raises(UserError, match="--max_new_tokens 32 leaves no room"):
+        rlhf.longest_prompt([gpt(block_size=32)], cfg)
+
+def test_how_a_cpu_is_tuned(monkeypatch):
+    """mallopt's parameters as in glibc's malloc.h; on AMD's processors, two settings of torch."""
+    calls = []
+    libc = SimpleNamespace(mallopt=lambda *values: calls.append(values))
+    monkeypatch.setattr(rlhf.ctypes, "CDLL", lambda _: libc)
+    for target in ("torch.set_float32_matmul_precision", "torch.backends.cuda.enable_flash_sdp"):
+        monkeypatch.setattr(target, calls.append)
+    monkeypatch.setattr(rlhf.Path, "read_text", lambda path: "vendor_id: AuthenticAMD")
+    rlhf.tune_cpu()
+    assert calls == [(-4, 0), (-1, 2147483647), "medium", False]
