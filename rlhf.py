@@ -34,6 +34,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, get_args
 from zipfile import ZipFile
@@ -1134,13 +1135,15 @@ def describe(metrics: dict[str, float]) -> str:
 
 # ---- The command line ------------------------------------------------------------------
 
+source_of = cache(inspect.getsource)  # which parses the whole file each time
+
 def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
     """A flag for every field of a settings class, with the comment beside the field as its
     help.
     """
     comments = {}
     for ancestor in reversed(settings.__mro__[:-1]):
-        found = re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(ancestor), re.M)
+        found = re.findall(r"^    (\w+): .*?  # (.*)$", source_of(ancestor), re.M)
         comments |= dict(found)
     for field in fields(settings):
         text = f"{comments.get(field.name, '')} [{field.default}]".replace("%", "%%")

@@ -1,7 +1,5 @@
 """Every command in the READMEs and in train.sh is one that the programs understand."""
 
-import functools
-import inspect
 import os
 import re
 import shlex
@@ -17,7 +15,6 @@ from data import gpt2, label, prepare
 READMES = [path for path in (ROOT, ROOT / "data", ROOT / "tests") if (path / "README.md").exists()]
 MAINS = {"rlhf.py": rlhf.main, "data/prepare.py": prepare.main, "data/label.py": label.main,
          "data/gpt2.py": gpt2.main, "tests/bench.py": bench.main}
-getsource = functools.cache(inspect.getsource)  # else the file is parsed anew for every class
 COMMAND = re.compile(r'(?:\w+=(?:"[^"]*"|\S+) )*(?:python3? |\./)\S.*')
 
 class Parsed(Exception):
@@ -44,7 +41,6 @@ def understand(monkeypatch, tmp_path):
         raise Parsed
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(inspect, "getsource", getsource)
     monkeypatch.setattr(rlhf, "run_stage", settled)
     for module, name in ((prepare, "prepare"), (prepare.fable, "make"), (prepare.fable, "show")):
         monkeypatch.setattr(module, name, parsed)
