@@ -209,14 +209,13 @@ def chunks(items: list, size: int) -> list[list]:
     """Consecutive parts of at most `size` items."""
     return [items[start : start + size] for start in range(0, len(items), size)]
 
-def microbatches(indices, lengths: list[int], size: int, device: str) -> list[list[int]]:
+def by_length(indices, lengths: list[int], size: int, device: str) -> list[list[int]]:
     """Divide examples into forward passes of at most `size`; returns the indices of each.
 
-    With several processes, these are the passes of this one. Examples of like length go
-    together; on a CPU a pass is halved for as long as that saves 256 tokens of padding.
+    Examples of like length go together; on a CPU a pass is halved for as long as that saves
+    256 tokens of padding.
     """
-    by_length = sorted(share(indices), key=lengths.__getitem__)
-    waiting = chunks(by_length, max(1, size))
+    waiting = chunks(sorted(indices, key=lengths.__getitem__), max(1, size))
     passes = []
     while waiting:
         part = waiting.pop()
@@ -227,6 +226,10 @@ def microbatches(indices, lengths: list[int], size: int, device: str) -> list[li
         else:
             passes.append(part)
     return passes
+
+def microbatches(indices, lengths: list[int], cfg: "Settings") -> list[list[int]]:
+    """The forward passes of a step. With several processes, those of this one."""
+    return by_length(share(indices), lengths, cfg.microbatch_size, cfg.device)
 
 def totals(passes: list[dict[str, float]]) -> dict[str, float]:
     """The sums, key by key, of what the forward passes of all processes found."""
@@ -242,7 +245,7 @@ def lm_pass(policy: GPT, examples: list[Example], cfg: "Settings", coef: float =
     count = sum(len(example.ids) - example.prompt_len for example in examples)
     lengths = [len(example.ids) for example in examples]
     losses = []
-    for indices in microbatches(range(len(examples)), lengths, cfg.microbatch_size, cfg.device):
+    for indices in microbatches(range(len(examples)), lengths, cfg):
         tokens, mask, _ = pad_examples([examples[i] for i in indices], cfg.device)
         with torch.set_grad_enabled(coef > 0):
             loss = lm_loss(token_logprobs(policy, tokens, mask), mask, count)
@@ -251,15 +254,13 @@ def lm_pass(policy: GPT, examples: list[Example], cfg: "Settings", coef: float =
         losses.append({"loss": loss.item()})
     return totals(losses)["loss"]
 
-@torch.no_grad()
 def score(model: ScalarModel, sequences: list[list[int]], cfg: "Settings") -> Tensor:
     """The score of each list of ids: (N,)."""
     scores = torch.zeros(len(sequences), device=cfg.device)
     lengths = [len(ids) for ids in sequences]
-    for indices in microbatches(range(len(sequences)), lengths, cfg.microbatch_size, cfg.device):
+    for indices in by_length(range(len(lengths)), lengths, cfg.microbatch_size, cfg.device):
         tokens, total_lens = pad_right([sequences[i] for i in indices], cfg.device)
         scores[indices] = sequence_scores(model, tokens, total_lens)
-    all_sum(scores)
     return scores
 
 def sample_responses(policy, prompts, eos, max_new_tokens, temperature=1.0) -> list[tuple]:
@@ -519,7 +520,8 @@ def sft(cfg: SFT) -> None:
             if cfg.reward_model:
                 responses = complete(model, prompts, tokenizer.eot_token, cfg.max_new_tokens)
                 sequences = [example.ids for example in behind(prompts, responses)]
-                metrics["valid/score"] = score(reward_model, sequences, cfg).mean().item()
+                with torch.no_grad():
+                    metrics["valid/score"] = score(reward_model, sequences, cfg).mean().item()
                 if metrics["valid/score"] > run.best:
                     run.best = metrics["valid/score"]
                     save(checkpoint(cfg, cfg.name), model)
@@ -531,29 +533,26 @@ def sft(cfg: SFT) -> None:
 
 class Ranked(NamedTuple):
     """All N completions of several prompts."""
-    tokens: Tensor  # (N, T)
-    mask: Tensor  # (N, T-1)
-    total_lens: Tensor  # (N,)
+    examples: list[Example]
     ranks: Tensor  # (N,) 0 is best
     groups: Tensor  # (N,) index of the prompt
 
 def ranked_passes(rankings: list[Ranking], cfg: Settings) -> list[Ranked]:
-    """Divide rankings into forward passes; all completions of a prompt stay together."""
-    lengths = []
-    for ranking in rankings:
-        lengths.append(max(len(example.ids) for example in ranking.examples))
-    size = cfg.microbatch_size // 9  # the paper's labelers ranked at most 9 completions (3.5)
+    """This process's rankings, divided so that about microbatch_size completions have a
+    gradient at a time; those of a prompt stay together.
+    """
     passes = []
-    for indices in microbatches(range(len(rankings)), lengths, size, cfg.device):
+    prompts = max(1, cfg.microbatch_size // 9)  # the paper's labelers ranked at most 9 (3.5)
+    for part in chunks(share(rankings), prompts):
         examples = []
         ranks = []
         groups = []
-        for i in indices:
-            examples += rankings[i].examples
-            ranks += rankings[i].ranks
-            groups += [i] * len(rankings[i].ranks)
-        numbers = torch.tensor([ranks, groups], device=cfg.device)
-        passes.append(Ranked(*pad_examples(examples, cfg.device), *numbers))
+        for group, ranking in enumerate(part):
+            examples += ranking.examples
+            ranks += ranking.ranks
+            groups += [group] * len(ranking.ranks)
+        ranks = torch.tensor(ranks, device=cfg.device)
+        passes.append(Ranked(examples, ranks, torch.tensor(groups, device=cfg.device)))
     return passes
 
 def untied(rankings: list[Ranking]) -> int:
@@ -577,15 +576,15 @@ def rm(cfg: RM) -> None:
         batch = batch_at(rankings, cfg.batch_size, step, cfg.seed)
         losses = []
         for ranked in ranked_passes(batch, cfg):
-            scores = sequence_scores(model, ranked.tokens, ranked.total_lens)
+            scores = score(model, [example.ids for example in ranked.examples], cfg)
             loss = pairwise_loss(scores, ranked.ranks, ranked.groups, untied(batch))
             loss.backward()
             losses.append({"loss": loss.item()})
         metrics = totals(losses)
         metrics["grad_norm"] = update(model, optimizer, cfg.learning_rate * schedule(step, total))
         run.log(metrics, "loss")
-    scores = score(model, [example.ids for example in demonstrations], cfg)
     with torch.no_grad():
+        scores = score(model, [example.ids for example in demonstrations], cfg)
         model.head.bias -= scores.mean()  # demonstrations score 0 on average (3.5)
     report = accuracy_report(model, valid, {ranking.labeler for ranking in rankings}, cfg)
     tqdm.write(describe(report))
@@ -598,6 +597,7 @@ def scalar_model(policy: GPT) -> ScalarModel:
     model.gpt.load_state_dict(policy.state_dict())
     return model.to(policy.wte.weight.device).eval()
 
+@torch.no_grad()
 def accuracy_report(model, rankings: list[Ranking], seen: set[str], cfg: Settings) -> dict:
     """How well held-out rankings are predicted: the share of untied pairs in the right order.
 
@@ -652,7 +652,7 @@ def ppo_backward(policy, value, rollout: Rollout, minibatch: list[int], cfg: PPO
     count = rollout.mask[minibatch].sum()
     lengths = [len(example.ids) for example in rollout.examples]
     found = []
-    for indices in microbatches(minibatch, lengths, cfg.microbatch_size, cfg.device):
+    for indices in microbatches(minibatch, lengths, cfg):
         examples = [rollout.examples[i] for i in indices]
         tokens, mask, _ = pad_examples(examples, cfg.device)
         old = Rollout(examples, *(x[indices, : mask.size(1)] for x in rollout[1:]))
@@ -716,7 +716,7 @@ def ppo(cfg: PPO) -> None:
         ref_logprobs = torch.zeros_like(mask)
         values = torch.zeros_like(mask)
         for minibatch in minibatches:
-            for indices in microbatches(minibatch, lengths, cfg.microbatch_size, cfg.device):
+            for indices in microbatches(minibatch, lengths, cfg):
                 tokens, some_mask, lens = pad_examples([examples[i] for i in indices], cfg.device)
                 width = some_mask.size(1)
                 with torch.no_grad():
@@ -818,10 +818,15 @@ def dpo(cfg: DPO) -> None:
         batch = batch_at(rankings, cfg.batch_size, step, cfg.seed)
         losses = []
         for ranked in ranked_passes(batch, cfg):
-            logprobs = token_logprobs(policy, ranked.tokens, ranked.mask)
-            with torch.no_grad():
-                ref_logprobs = token_logprobs(ref, ranked.tokens, ranked.mask)
-            rewards = implicit_rewards(logprobs, ref_logprobs, ranked.mask, cfg.beta)
+            rewards = torch.zeros(len(ranked.examples), device=cfg.device)
+            lengths = [len(example.ids) for example in ranked.examples]
+            for indices in by_length(range(len(lengths)), lengths, cfg.microbatch_size, cfg.device):
+                examples = [ranked.examples[i] for i in indices]
+                tokens, mask, _ = pad_examples(examples, cfg.device)
+                logprobs = token_logprobs(policy, tokens, mask)
+                with torch.no_grad():
+                    ref_logprobs = token_logprobs(ref, tokens, mask)
+                rewards[indices] = implicit_rewards(logprobs, ref_logprobs, mask, cfg.beta)
             loss = pairwise_loss(rewards, ranked.ranks, ranked.groups, untied(batch))
             loss.backward()
             losses.append({"loss": loss.item()})
@@ -851,6 +856,7 @@ def probe_accuracy(policy: GPT, probes: list[dict], tokenizer, max_new_tokens: i
         right += decode(tokenizer, response).startswith(probe["completion"])
     return right / len(probes)
 
+@torch.no_grad()
 def evaluate(cfg: Evaluate) -> None:
     """Compare models on held-out prompts: a table on the terminal, in Markdown and in
     JSON."""

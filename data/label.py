@@ -133,7 +133,8 @@ def rank_by_model(judge: ScalarModel, row: dict, sampler: Sampler) -> list[int]:
     for text in row["completions"]:
         ids = files.example(sampler.tokenizer, row["prompt"], text).ids
         sequences.append(ids[-judge.config.block_size :])
-    scores = rlhf.score(judge, sequences, sampler.cfg).tolist()
+    with torch.no_grad():
+        scores = rlhf.score(judge, sequences, sampler.cfg).tolist()
     score_of = dict(zip(row["completions"], scores))
     best_first = sorted(set(score_of.values()), reverse=True)
     return [best_first.index(score_of[text]) for text in row["completions"]]

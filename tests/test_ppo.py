@@ -64,7 +64,7 @@ def test_samples_come_with_the_log_probabilities_that_are_scored(policy, prompts
     ([20, 20, 148, 148], 4, "cpu", [[2, 3], [0, 1]]),  # saves 256 columns of padding
 ])
 def test_passes_have_rows_of_like_length(lengths, size, device, expected):
-    passes = rlhf.microbatches(range(len(lengths)), lengths, size, device)
+    passes = rlhf.by_length(range(len(lengths)), lengths, size, device)
     assert sorted(map(sorted, passes)) == sorted(expected)
 
 def test_update_refuses_a_gradient_that_is_not_finite(policy):
