@@ -121,8 +121,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
     return advantages, advantages + values
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0, population variance 1 over the whole batch's valid tokens, else 0: -> (B,
-    T-1)."""
+    """Mean 0 and population variance 1 over all valid tokens, else 0: -> (B, T-1)."""
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
     return torch.where(mask > 0, (x - mean) * torch.rsqrt(variance + 1e-8), 0)
@@ -213,7 +212,7 @@ def by_length(indices, lengths: list[int], size: int, device: str) -> list[list[
     """Divide examples into forward passes of at most `size`; returns the indices of each.
 
     Examples of like length go together; on a CPU a pass is halved for as long as that saves
-    256 tokens of padding.
+    128 tokens of padding.
     """
     waiting = chunks(sorted(indices, key=lengths.__getitem__), max(1, size))
     passes = []
@@ -221,7 +220,7 @@ def by_length(indices, lengths: list[int], size: int, device: str) -> list[list[
         part = waiting.pop()
         half = len(part) // 2
         saved = half * (lengths[part[-1]] - lengths[part[half - 1]])
-        if device == "cpu" and saved >= 256:
+        if device == "cpu" and saved >= 128:
             waiting += [part[:half], part[half:]]
         else:
             passes.append(part)
@@ -841,8 +840,7 @@ def dpo(cfg: DPO) -> None:
 def win_rate(own: np.ndarray, other: np.ndarray) -> tuple[float, float]:
     """How often `own` is better than `other`, prompt by prompt (N,), where a tie counts half.
 
-    Returns the share, and half the width of its 95 % interval (normal approximation, over
-    prompts).
+    Returns the share, and half its 95 % interval (normal approximation, over prompts).
     """
     outcomes = (own > other) + 0.5 * (own == other)
     return float(outcomes.mean()), float(1.96 * outcomes.std() / math.sqrt(len(outcomes)))
@@ -858,8 +856,7 @@ def probe_accuracy(policy: GPT, probes: list[dict], tokenizer, max_new_tokens: i
 
 @torch.no_grad()
 def evaluate(cfg: Evaluate) -> None:
-    """Compare models on held-out prompts: a table on the terminal, in Markdown and in
-    JSON."""
+    """Compare models on held-out prompts: a table, printed and as Markdown and JSON."""
     tokenizer = get_tokenizer(cfg.data)
     eos = tokenizer.eot_token
     data = Path(cfg.data)
@@ -945,8 +942,7 @@ def markdown(table: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 def chat(cfg: Chat) -> None:
-    """Talk to a model in the terminal; an empty line, Ctrl-C or Ctrl-D ends the
-    conversation."""
+    """Talk to a model; an empty line, Ctrl-C or Ctrl-D ends the conversation."""
     tokenizer = get_tokenizer(cfg.data)
     policy = load(cfg, cfg.model)
     longest = longest_prompt([policy], cfg)
@@ -980,8 +976,7 @@ def save(path: Path, model: GPT | ScalarModel) -> None:
             torch.save(content | {"model": model.state_dict()}, file)
 
 def read_tensors(path: Path) -> dict:
-    """What was saved. UserError if it is missing, damaged, or holds more than plain
-    values."""
+    """What was saved. UserError if it is missing, damaged, or more than plain values."""
     if not path.exists():
         raise UserError(f"there is no {path}: train it first")
     try:
@@ -1080,8 +1075,7 @@ class Run:
             self.file.truncate(state["log_bytes"])
 
     def steps(self):
-        """Yield the steps that are left, each with its own random seed, and save in
-        between."""
+        """Yield the steps that are left, each with a seed of its own; save in between."""
         saved = time.time()
         self.bar = tqdm(total=self.total, initial=self.step, desc=self.cfg.name, disable=RANK > 0)
         handlers = {}
@@ -1111,8 +1105,7 @@ class Run:
         tqdm.write("Stopping after this step.")
 
     def log(self, metrics: dict[str, float], *shown: str) -> None:
-        """Write a line of metrics.jsonl; the keys in `shown` appear beside the progress
-        bar."""
+        """Write a line of metrics.jsonl; `shown` keys appear beside the progress bar."""
         line = {"step": self.step + 1, "seconds": round(time.time() - self.began, 2), **metrics}
         print(json.dumps(line), file=self.file, flush=True)
         self.bar.set_postfix({key: f"{metrics[key]:.3g}" for key in shown}, refresh=False)
