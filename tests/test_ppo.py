@@ -30,7 +30,7 @@ from rlhf import token_logprobs
 def row_logprobs(policy, ids, start):
     """log pi of the tokens from `start` on, by a forward pass over this row alone."""
     logprobs = policy(tensor([ids]))[0, :-1].log_softmax(-1)
-    return logprobs.gather(1, tensor(ids)[1:, None])[start - 1 :, 0]
+    return logprobs.gather(1, tensor(ids).long()[1:, None])[start - 1 :, 0]
 
 # ---- models on tokens --------------------------------------------------------------------------
 
