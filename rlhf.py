@@ -652,15 +652,18 @@ def ppo_backward(policy, value, rollout: Rollout, minibatch: list[int], cfg: PPO
     lengths = [len(example.ids) for example in rollout.examples]
     found = []
     for indices in microbatches(minibatch, lengths, cfg):
-        examples = [rollout.examples[i] for i in indices]
-        tokens, mask, _ = pad_examples(examples, cfg.device)
-        old = Rollout(examples, *(x[indices, : mask.size(1)] for x in rollout[1:]))
+        tokens, mask, _ = pad_examples([rollout.examples[i] for i in indices], cfg.device)
+        width = mask.size(1)
+        old_logprobs = rollout.logprobs[indices, :width]
+        advantages = rollout.advantages[indices, :width]
         logprobs = token_logprobs(policy, tokens, mask)
         loss, stats = policy_loss(
-            logprobs, old.logprobs, old.advantages, mask, cfg.cliprange, count)
+            logprobs, old_logprobs, advantages, mask, cfg.cliprange, count)
+        old_values = rollout.values[indices, :width]
+        returns = rollout.returns[indices, :width]
         values = value(tokens[:, :-1])
         error, value_stats = value_loss(
-            values, old.values, old.returns, mask, cfg.cliprange_value, count)
+            values, old_values, returns, mask, cfg.cliprange_value, count)
         (loss + error).backward()  # the two networks have no parameter in common
         stats |= value_stats | {"loss/policy": loss, "loss/value": error}
         found.append({key: x.item() for key, x in stats.items()})

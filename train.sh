@@ -38,8 +38,7 @@ fable() {
     train ppo $(smoke --iterations 4) --name ppo --ptx_coef 0
     train ppo $(smoke --iterations 4)
     models=gpt,gpt+fewshot,sft,ppo,ppo_ptx newest=ppo_ptx
-    # Further rounds: rank what the newest policy writes, and train on all rankings so far.
-    for round in $(seq 2 "${ROUNDS:-1}"); do
+    for round in $(seq 2 "${ROUNDS:-1}"); do # rank anew, train on all rankings
         label --round "$round" --models "$newest"
         train rm --name "rm$round"
         newest=ppo_ptx$round models=$models,ppo_ptx$round
