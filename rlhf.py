@@ -24,7 +24,6 @@ token ids, and serves SFT and PPO alike.
 """
 
 import argparse
-import ctypes
 import inspect
 import json
 import math
@@ -1172,30 +1171,12 @@ def settle(cfg: Settings) -> None:
     if cfg.dtype == "auto":
         cfg.dtype = "bfloat16" if cfg.device == "cuda" else "float32"
 
-def tune_cpu() -> None:
-    """Two settings for training on a CPU under Linux; tests/README.md says what each gains.
-
-    glibc hands freed memory back to the system, and the next tensor pays for new pages: keep
-    it. On AMD's processors oneDNN multiplies float32 twice as fast as MKL, and as exactly.
-    "medium" selects it; the fused attention kernel is slow with it, and so attention is left
-    unfused.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping for large blocks
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: do not return what is free
-    if "AuthenticAMD" in Path("/proc/cpuinfo").read_text():
-        torch.set_float32_matmul_precision("medium")
-        torch.backends.cuda.enable_flash_sdp(False)  # in spite of its name, on CPUs as well
-
 def run_stage(stage, cfg: Settings) -> None:
     """Run a stage. Whatever the user can mend ends in one sentence."""
     if RANK > 0 and not isinstance(cfg, Training):  # the rest is work for one process
         return
     try:
         settle(cfg)
-        if sys.platform == "linux":
-            tune_cpu()
         torch.manual_seed(cfg.seed)
         half = cfg.dtype == "bfloat16"
         # without a cache of weights in bfloat16, which a recorded step cannot use

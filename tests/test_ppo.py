@@ -637,14 +637,3 @@ def test_impossible_settings_are_refused(tmp_path):
     cfg.max_new_tokens = 32
     with pytest.raises(UserError, match="--max_new_tokens 32 leaves no room"):
         rlhf.longest_prompt([gpt(block_size=32)], cfg)
-
-def test_how_a_cpu_is_tuned(monkeypatch):
-    """mallopt's parameters as in glibc's malloc.h; on AMD's processors, two settings of torch."""
-    calls = []
-    libc = SimpleNamespace(mallopt=lambda *values: calls.append(values))
-    monkeypatch.setattr(rlhf.ctypes, "CDLL", lambda _: libc)
-    for target in ("torch.set_float32_matmul_precision", "torch.backends.cuda.enable_flash_sdp"):
-        monkeypatch.setattr(target, calls.append)
-    monkeypatch.setattr(rlhf.Path, "read_text", lambda path: "vendor_id: AuthenticAMD")
-    rlhf.tune_cpu()
-    assert calls == [(-4, 0), (-1, 2147483647), "medium", False]

@@ -56,7 +56,6 @@ def test_table_and_json(monkeypatch, capsys):
     monkeypatch.setitem(bench.SIZES, "fable", sizes)
     monkeypatch.setitem(bench.PRODUCT, "cpu", 64)
     monkeypatch.setattr(bench, "find_spec", lambda name: None)  # no transformers
-    monkeypatch.setattr(rlhf, "tune_cpu", lambda: None)  # it would tune the tests that follow
     seen = []
     original = rlhf.sample_responses
 
