@@ -79,12 +79,16 @@ def pairwise_loss(scores: Tensor, ranks: Tensor, groups: Tensor, count=None) -> 
     pairs are dropped (C.2). The mean is over the pairs of a prompt, then over the prompts
     (our choice).
     """
-    better = (groups[:, None] == groups) & (ranks[:, None] < ranks)
-    winner, loser = better.nonzero(as_tuple=True)
+    winner, loser = preferences(ranks, groups)
     losses = -F.logsigmoid(scores[winner] - scores[loser])
     pairs = torch.bincount(groups[winner], minlength=1)
     prompts = (pairs > 0).sum().clamp(min=1) if count is None else count
     return (losses / pairs[groups[winner]]).sum() / prompts
+
+def preferences(ranks: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """All pairs of completions of one prompt that are not tied: indices of winners, losers."""
+    better = (groups[:, None] == groups) & (ranks[:, None] < ranks)
+    return better.nonzero(as_tuple=True)
 
 def kl_rewards(
     scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float
@@ -393,7 +397,7 @@ class PPO(Training):
     cliprange: float = 0.2  # of the ratio (paper: 0.2)
     cliprange_value: float = 0.2  # of the value's change (not stated; OpenAI, 2019: 0.2)
     max_kl: float = 0.1  # end an iteration's updates when approxkl exceeds this (our guard)
-    missing_eos_score: float = -1.0  # score of a response without EOS (OpenAI in 2019: -1)
+    missing_eos_score: float = -1.0  # highest score without EOS (OpenAI in 2019: always -1)
     ema_decay: float = 0.992  # per step, of the weights that are saved (paper: 0.992)
 
 @dataclass
@@ -411,7 +415,10 @@ class DPO(Training):
 class Evaluate(Settings):
     """The table of what each stage did."""
     name: str = "evaluate"  # name of the table: out/<name>.md and .json
-    models: str = "gpt,gpt+fewshot,sft,ppo,ppo_ptx"  # rows of the table
+    models: str = "gpt,gpt+fewshot,sft,ppo_init,ppo,ppo_ptx"  # rows of the table
+    prompts: str = "prompts_valid.jsonl"  # file of the data set
+    samples: int = 1  # responses to each prompt
+    temperature: float = 1.0  # of the sampling; 0 always takes the likeliest token
     baseline: str = "sft"  # row that win rates are against
     reference: str = "ppo_init"  # model that the KL is measured from
     reward_model: str = "rm"  # model that scores the responses
@@ -434,7 +441,7 @@ for not_negative in (
     LIMITS[not_negative] = (0, 1e9)
 for at_least_one in (
     "microbatch_size", "max_new_tokens", "steps", "batch_size", "epochs", "window", "iterations",
-    "rollout_size", "minibatch_size"
+    "rollout_size", "minibatch_size", "samples"
 ):
     LIMITS[at_least_one] = (1, 2**62)
 CHOICES = {"preset": PRESETS, "device": ("auto", "cpu", "cuda", "mps")}
@@ -566,7 +573,9 @@ def rm(cfg: RM) -> None:
     rankings = read_comparisons(data / "comparisons.jsonl", tokenizer, context)
     valid = read_comparisons(data / "comparisons_valid.jsonl", tokenizer, context)
     demonstrations = read_demonstrations(data / "sft.jsonl", tokenizer, context)
-    total = cfg.epochs * math.ceil(len(rankings) / cfg.batch_size)
+    labelers = {ranking.labeler for ranking in rankings}
+    steps_per_epoch = math.ceil(len(rankings) / cfg.batch_size)
+    total = cfg.epochs * steps_per_epoch
     optimizer = adam(model)
     files = ["comparisons.jsonl", "comparisons_valid.jsonl", "sft.jsonl"]
     run = Run(cfg, total, files, [model, optimizer])
@@ -580,13 +589,14 @@ def rm(cfg: RM) -> None:
             losses.append({"loss": loss.item()})
         metrics = totals(losses)
         metrics["grad_norm"] = update(model, optimizer, cfg.learning_rate * schedule(step, total))
+        if (step + 1) % steps_per_epoch == 0:
+            report = accuracy_report(model, valid, labelers, cfg)
+            tqdm.write(describe(report))
+            metrics |= report
         run.log(metrics, "loss")
     with torch.no_grad():
         scores = score(model, [example.ids for example in demonstrations], cfg)
         model.head.bias -= scores.mean()  # demonstrations score 0 on average (3.5)
-    report = accuracy_report(model, valid, {ranking.labeler for ranking in rankings}, cfg)
-    tqdm.write(describe(report))
-    run.log(report)
     run.finish(model)
 
 def scalar_model(policy: GPT) -> ScalarModel:
@@ -599,8 +609,9 @@ def scalar_model(policy: GPT) -> ScalarModel:
 def accuracy_report(model, rankings: list[Ranking], seen: set[str], cfg: Settings) -> dict:
     """How well held-out rankings are predicted: the share of untied pairs in the right order.
 
-    Labelers who were not `seen` in training are reported apart. What is undefined is left
-    out, such as the correlation with length if all completions are equally long.
+    Labelers who were not `seen` in training are reported apart. `confidence` is the share that
+    the model expects to get right, so it should equal `accuracy`. The correlation of score and
+    length is within prompts. It is left out if all completions of a prompt are equally long.
     """
     scores = []
     lengths = []
@@ -608,18 +619,21 @@ def accuracy_report(model, rankings: list[Ranking], seen: set[str], cfg: Setting
     for ranking in rankings:
         own_scores = score(model, [example.ids for example in ranking.examples], cfg).cpu()
         ranks = torch.tensor(ranking.ranks)
-        winner, loser = (ranks[:, None] < ranks).nonzero(as_tuple=True)
+        winner, loser = preferences(ranks, torch.zeros_like(ranks))
         labelers = "eval" if ranking.labeler in seen else "eval_heldout_labelers"
         margins[labelers] += (own_scores[winner] - own_scores[loser]).tolist()
-        scores += own_scores.tolist()
-        lengths += [len(example.ids) - example.prompt_len for example in ranking.examples]
+        own_lengths = np.array([len(example.ids) for example in ranking.examples])
+        scores += (own_scores - own_scores.mean()).tolist()
+        lengths += (own_lengths - own_lengths.mean()).tolist()
     report = {"eval/score_std": float(np.std(scores))}
     if np.std(lengths) > 0 and np.std(scores) > 0:
         report["eval/length_correlation"] = float(np.corrcoef(scores, lengths)[0, 1])
     for labelers, differences in margins.items():
         if differences:
-            report[f"{labelers}/accuracy"] = float(np.mean(np.array(differences) > 0))
-            report[f"{labelers}/margin"] = float(np.mean(differences))
+            margin = np.array(differences)
+            report[f"{labelers}/accuracy"] = float(np.mean(margin > 0))
+            report[f"{labelers}/confidence"] = float(np.mean(1 / (1 + np.exp(-np.abs(margin)))))
+            report[f"{labelers}/margin"] = float(np.mean(margin))
     return report
 
 # ---- Step 3: PPO, with the KL and pretraining terms ------------------------------------
@@ -638,6 +652,8 @@ class Rollout(NamedTuple):
     examples: list[Example]
     mask: Tensor
     logprobs: Tensor
+    ref_logprobs: Tensor
+    rewards: Tensor
     values: Tensor
     advantages: Tensor
     returns: Tensor
@@ -728,12 +744,16 @@ def ppo(cfg: PPO) -> None:
                     values[indices, :width] = value(tokens[:, :-1])
         all_sum(scores, logprobs, ref_logprobs, values)
 
-        # 3. Rewards per token, eq. (3); advantages and returns, eq. (4); whitened advantages.
+        # 3. Rewards per token, eq. (3); advantages and returns, eq. (4); whitened advantages. Not
+        #    to end is never an advantage: without EOS, the score can only be lowered.
+        raw_scores = scores
         ended = torch.tensor([response[-1] == eos for response in responses], device=cfg.device)
-        scores = torch.where(ended, scores, cfg.missing_eos_score)
+        scores = torch.where(ended, scores, scores.clamp(max=cfg.missing_eos_score))
         rewards = kl_rewards(scores, logprobs, ref_logprobs, mask, cfg.kl_coef)
         advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)
-        rollout = Rollout(examples, mask, logprobs, values, whiten(advantages, mask), returns)
+        advantages = whiten(advantages, mask)
+        rollout = Rollout(
+            examples, mask, logprobs, ref_logprobs, rewards, values, advantages, returns)
 
         # 4. Update both networks, one step per minibatch; the first pass keeps this order.
         for _ in range(cfg.epochs - 1):
@@ -765,12 +785,14 @@ def ppo(cfg: PPO) -> None:
         metrics = {key: float(np.mean([stats[key] for stats in steps])) for key in steps[0]}
         kl = ((logprobs - ref_logprobs) * mask).sum(1)
         metrics["objective/scores"] = scores.mean().item()
+        metrics["objective/raw_scores"] = raw_scores.mean().item()  # as they were without EOS
         metrics["objective/kl"] = kl.mean().item()
         metrics["objective/rlhf_reward"] = (scores - cfg.kl_coef * kl).mean().item()
         metrics["objective/entropy"] = -logprobs.sum(1).mean().item()
         metrics["eos_fraction"] = ended.float().mean().item()
         metrics["response_length"] = mask.sum(1).mean().item()
         metrics["learning_rate"] = cfg.learning_rate * warmup
+        metrics["value_learning_rate"] = cfg.value_learning_rate * warmup
         when_sampled = torch.tensor([x for _, own in sampled for x in own], device=cfg.device)
         metrics["sampler_gap"] = (when_sampled - logprobs[mask > 0]).abs().max().item()
         variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask).item()
@@ -783,8 +805,25 @@ def ppo(cfg: PPO) -> None:
             if heldout:
                 metrics["heldout/loss"] = lm_pass(policy, heldout, cfg)
             tqdm.write(f"{batch[0]['prompt']!r} {texts[0]!r} scores {scores[0].item():.2f}")
+        if iteration + 1 == cfg.iterations:
+            tqdm.write(episode_table(tokenizer, rollout))
         run.log(metrics, "objective/scores", "objective/kl")
+    save(checkpoint(cfg, f"{cfg.name}_raw"), policy)  # the weights of the last step
     run.finish(ema)
+
+def episode_table(tokenizer, rollout: Rollout) -> str:
+    """The first episode of a rollout, a line for each token of the response."""
+    example = rollout.examples[0]
+    lines = [f"{'token':16}  log pi log ref      KL  reward   value  advantage (whitened)"]
+    for t in range(example.prompt_len - 1, len(example.ids) - 1):
+        token = repr(tokenizer.decode([example.ids[t + 1]]))
+        logprob = rollout.logprobs[0, t].item()
+        ref_logprob = rollout.ref_logprobs[0, t].item()
+        line = f"{token:16}{logprob:8.2f}{ref_logprob:8.2f}{logprob - ref_logprob:8.2f}"
+        for numbers in (rollout.rewards, rollout.values, rollout.advantages):
+            line += f"{numbers[0, t].item():8.2f}"
+        lines.append(line)
+    return "\n".join(lines)
 
 def value_network(policy: GPT, cfg: PPO) -> ScalarModel:
     """A copy of the reward model (C.4), or, if there is no such checkpoint, of the policy."""
@@ -808,44 +847,76 @@ def behind(prompts: list[list[int]], responses: list[list[int]]) -> list[Example
 def dpo(cfg: DPO) -> None:
     """Learn from the rankings without a reward model: eq. (2) with the rewards of eq. (8)."""
     tokenizer = get_tokenizer(cfg.data)
+    data = Path(cfg.data)
     policy = load(cfg, cfg.init)
     ref = load(cfg, cfg.init)
-    path = Path(cfg.data) / "comparisons.jsonl"
-    rankings = read_comparisons(path, tokenizer, policy.config.block_size)
-    total = cfg.epochs * math.ceil(len(rankings) / cfg.batch_size)
+    context = policy.config.block_size
+    rankings = read_comparisons(data / "comparisons.jsonl", tokenizer, context)
+    valid = read_comparisons(data / "comparisons_valid.jsonl", tokenizer, context)
+    steps_per_epoch = math.ceil(len(rankings) / cfg.batch_size)
+    total = cfg.epochs * steps_per_epoch
     optimizer = adam(policy)
-    run = Run(cfg, total, ["comparisons.jsonl"], [policy, optimizer])
+    files = ["comparisons.jsonl", "comparisons_valid.jsonl"]
+    run = Run(cfg, total, files, [policy, optimizer])
     for step in run.steps():
         batch = batch_at(rankings, cfg.batch_size, step, cfg.seed)
-        losses = []
-        for ranked in ranked_passes(batch, cfg):
-            rewards = torch.zeros(len(ranked.examples), device=cfg.device)
-            lengths = [len(example.ids) for example in ranked.examples]
-            for indices in by_length(range(len(lengths)), lengths, cfg.microbatch_size, cfg.device):
-                examples = [ranked.examples[i] for i in indices]
-                tokens, mask, _ = pad_examples(examples, cfg.device)
-                logprobs = token_logprobs(policy, tokens, mask)
-                with torch.no_grad():
-                    ref_logprobs = token_logprobs(ref, tokens, mask)
-                rewards[indices] = implicit_rewards(logprobs, ref_logprobs, mask, cfg.beta)
-            loss = pairwise_loss(rewards, ranked.ranks, ranked.groups, untied(batch))
-            loss.backward()
-            losses.append({"loss": loss.item()})
-        metrics = totals(losses)
+        metrics = dpo_pass(policy, ref, batch, cfg)
         learning_rate = cfg.learning_rate * schedule(step, total, warmup=0.1)
         metrics["grad_norm"] = update(policy, optimizer, learning_rate)
-        run.log(metrics, "loss")
+        if (step + 1) % steps_per_epoch == 0:
+            with torch.no_grad():
+                found = dpo_pass(policy, ref, valid, cfg)
+            metrics |= {f"valid/{key}": value for key, value in found.items()}
+            tqdm.write(describe(metrics))
+        run.log(metrics, "loss", "accuracy")
     run.finish(policy)
+
+def dpo_pass(policy: GPT, ref: GPT, rankings: list[Ranking], cfg: DPO) -> dict[str, float]:
+    """DPO's loss on the rankings, in nats a pair; accumulates its gradient if there are any.
+
+    Also returns means over pairs: how often the winner has the higher reward and by how much,
+    and the winner's log-probability, which falls if DPO goes wrong.
+    """
+    found = []
+    for ranked in ranked_passes(rankings, cfg):
+        rewards = torch.zeros(len(ranked.examples), device=cfg.device)
+        chosen = torch.zeros_like(rewards)
+        lengths = [len(example.ids) for example in ranked.examples]
+        for indices in by_length(range(len(lengths)), lengths, cfg.microbatch_size, cfg.device):
+            tokens, mask, _ = pad_examples([ranked.examples[i] for i in indices], cfg.device)
+            logprobs = token_logprobs(policy, tokens, mask)
+            with torch.no_grad():
+                ref_logprobs = token_logprobs(ref, tokens, mask)
+            rewards[indices] = implicit_rewards(logprobs, ref_logprobs, mask, cfg.beta)
+            chosen[indices] = logprobs.detach().sum(1)
+        loss = pairwise_loss(rewards, ranked.ranks, ranked.groups, untied(rankings))
+        if loss.requires_grad:
+            loss.backward()
+        winner, loser = preferences(ranked.ranks, ranked.groups)
+        margins = (rewards[winner] - rewards[loser]).detach()
+        found.append({
+            "loss": loss.item(), "pairs": len(margins), "accuracy": (margins > 0).sum().item(),
+            "margin": margins.sum().item(), "chosen_logprob": chosen[winner].sum().item()
+        })
+    sums = totals(found)
+    pairs = max(1, sums.pop("pairs"))
+    for key in ("accuracy", "margin", "chosen_logprob"):
+        sums[key] /= pairs
+    return sums
 
 # ---- Evaluation and chat ---------------------------------------------------------------
 
 def win_rate(own: np.ndarray, other: np.ndarray) -> tuple[float, float]:
-    """How often `own` is better than `other`, prompt by prompt (N,), where a tie counts half.
+    """How often `own` is better than `other`, where a tie counts half: (S, N), (S, N).
 
-    Returns the share, and half its 95 % interval (normal approximation, over prompts).
+    Each of S samples is compared with all S of the other for the same of N prompts. Returns
+    the share, and half its 95 % interval (normal approximation, over prompts).
     """
-    outcomes = (own > other) + 0.5 * (own == other)
-    return float(outcomes.mean()), float(1.96 * outcomes.std() / math.sqrt(len(outcomes)))
+    better = own[:, None] > other
+    equal = own[:, None] == other
+    outcomes = (better + 0.5 * equal).mean((0, 1))  # (N,)
+    error = outcomes.std() / math.sqrt(max(1, len(outcomes) - 1))
+    return float(outcomes.mean()), float(1.96 * error)
 
 def probe_accuracy(policy: GPT, probes: list[dict], tokenizer, max_new_tokens: int) -> float:
     """The share of in-context tasks whose greedy continuation begins with the answer."""
@@ -858,7 +929,11 @@ def probe_accuracy(policy: GPT, probes: list[dict], tokenizer, max_new_tokens: i
 
 @torch.no_grad()
 def evaluate(cfg: Evaluate) -> None:
-    """Compare models on held-out prompts: a table, printed and as Markdown and JSON."""
+    """Compare models on held-out prompts: a table, printed and as Markdown and JSON.
+
+    A base model may go on to speak for the human. Gold and reward model judge its own turn
+    alone; length, KL and EOS are of all that it wrote.
+    """
     tokenizer = get_tokenizer(cfg.data)
     eos = tokenizer.eot_token
     data = Path(cfg.data)
@@ -875,45 +950,53 @@ def evaluate(cfg: Evaluate) -> None:
     reward_model = load_if_there(cfg, cfg.reward_model, ScalarModel)
     readers = [model for model in (*policies.values(), ref, reward_model) if model]
     longest = longest_prompt(readers, cfg)
-    records = read_prompts(data / "prompts_valid.jsonl", tokenizer, longest)
+    records = read_prompts(data / cfg.prompts, tokenizer, longest) * cfg.samples
     gold = gold_function(records, cfg.gold)
-    probes = []
+    probes = {}  # kind of task -> tasks
     if (data / "probes.jsonl").exists():
-        probes = read_prompts(data / "probes.jsonl", tokenizer, longest, "completion")
+        for probe in read_prompts(data / "probes.jsonl", tokenizer, longest, "completion"):
+            probes.setdefault(probe.get("task", "in-context"), []).append(probe)
     shots = []
     if (data / "fewshot.jsonl").exists():
         for example in read_demonstrations(data / "fewshot.jsonl", tokenizer, longest):
             shots += example.ids[:-1]  # without the EOS
     table = {}
     gold_scores = {}
+    written = {}
     for title, policy in policies.items():
         torch.manual_seed(cfg.seed)
         prompts = [record["prompt_ids"] for record in records]
         shown = prompts
         if "+" in title:
             shown = [(shots + prompt)[-longest:] for prompt in prompts]
-        responses = complete(policy, shown, eos, cfg.max_new_tokens)
-        examples = behind(prompts, responses)
+        responses = complete(policy, shown, eos, cfg.max_new_tokens, cfg.temperature)
+        turns = [own_turn(decode(tokenizer, response)) for response in responses]
+        written[title] = turns
         row = {}
-        if gold:  # a model that goes on to speak for the human is judged by its own turn
-            turns = [own_turn(decode(tokenizer, response)) for response in responses]
+        if gold:
             axes = [gold(record, turn) for record, turn in zip(records, turns)]
             for axis in axes[0]:
                 row[axis] = float(np.mean([judged[axis] for judged in axes]))
-            gold_scores[title] = np.array([sum(judged.values()) for judged in axes])
+            gold_totals = np.array([sum(judged.values()) for judged in axes])
+            gold_scores[title] = gold_totals.reshape(cfg.samples, -1)
         if reward_model:
-            sequences = [example.ids for example in examples]
+            context = reward_model.config.block_size
+            sequences = []
+            for prompt, turn in zip(prompts, turns):
+                ids = prompt + encode(tokenizer, turn) + [eos]
+                sequences.append(ids[-context:])
             row["RM score"] = score(reward_model, sequences, cfg).mean().item()
         row["length"] = float(np.mean([len(response) for response in responses]))
-        if ref:  # mean over prompts of log pi(y|x) - log ref(y|x), in nats
+        if ref:  # mean over responses of log pi(y|x) - log ref(y|x), in nats
             own_loss = lm_pass(policy, behind(shown, responses), cfg)
-            row["KL"] = (lm_pass(ref, examples, cfg) - own_loss) * row["length"]
+            ref_loss = lm_pass(ref, behind(prompts, responses), cfg)
+            row["KL"] = (ref_loss - own_loss) * row["length"]
         row["EOS"] = float(np.mean([response[-1] == eos for response in responses]))
         heldout = read_heldout(tokenizer, policy, cfg)
         if heldout:
             row["held-out loss"] = lm_pass(policy, heldout, cfg)
-        if probes:
-            row["in-context"] = probe_accuracy(policy, probes, tokenizer, cfg.max_new_tokens)
+        for task, own_probes in probes.items():
+            row[task] = probe_accuracy(policy, own_probes, tokenizer, cfg.max_new_tokens)
         table[title] = row
     if gold and cfg.baseline not in table:
         print(f"There are no win rates, as --baseline {cfg.baseline} is not in the table.")
@@ -923,7 +1006,7 @@ def evaluate(cfg: Evaluate) -> None:
             table[title] = {"win rate": rate, "±": margin, **table[title]}
     print(markdown(table))
     gold_lists = {title: scores.tolist() for title, scores in gold_scores.items()}
-    content = json.dumps({"table": table, "gold": gold_lists})
+    content = json.dumps({"table": table, "gold": gold_lists, "responses": written})
     for suffix, text in ((".md", markdown(table)), (".json", content)):
         with replacing(Path(cfg.out) / (cfg.name + suffix)) as file:
             file.write(f"{text}\n".encode())

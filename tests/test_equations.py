@@ -482,9 +482,20 @@ def test_ema_closed_form():
     assert ema.weight.item() == pytest.approx(0.6336, abs=1e-4) and new.weight == 1
 
 def test_win_rate_is_antisymmetric_and_ties_count_half():
-    own, other = np.array([3.0, 1, 2, 2, 5]), np.array([1.0, 3, 2, 2, 4])
+    own, other = np.array([[3.0, 1, 2, 2, 5]]), np.array([[1.0, 3, 2, 2, 4]])
     assert rlhf.win_rate(own, other)[0] == pytest.approx((2 + 0.5 * 2) / 5)
     assert rlhf.win_rate(own, other)[0] + rlhf.win_rate(other, own)[0] == pytest.approx(1)
     assert rlhf.win_rate(own, own) == (0.5, 0.0)
-    rate, margin = rlhf.win_rate(np.ones(400), np.arange(400) % 2 * 2.0)
-    assert (rate, margin) == (0.5, pytest.approx(1.96 * 0.5 / 20))
+    rate, margin = rlhf.win_rate(np.ones((1, 400)), np.arange(400)[None] % 2 * 2.0)
+    assert (rate, margin) == (0.5, pytest.approx(1.96 * 0.5 / 399 ** 0.5))
+
+def test_win_rate_compares_every_sample_with_every_other_of_the_prompt():
+    own, other = np.random.default_rng(0).integers(0, 4, (2, 3, 50))
+    shares = []
+    for i in range(50):
+        pairs = [(x > y) + (x == y) / 2 for x in own[:, i] for y in other[:, i]]
+        shares.append(sum(pairs) / 9)
+    rate, margin = rlhf.win_rate(own, other)
+    assert rate == pytest.approx(np.mean(shares))
+    assert margin == pytest.approx(1.96 * np.std(shares, ddof=1) / 50 ** 0.5)
+    assert rlhf.win_rate(own[:, :1], other[:, :1])[1] == 0  # nothing is known from one prompt

@@ -22,8 +22,9 @@ from test_equations import gae_by_double_sum
 from torch import tensor
 
 import rlhf
-from data.files import Example, Ranking, UserError, decode, get_tokenizer, read_comparisons
-from data.files import read_demonstrations, read_documents, read_prompts
+from data.files import Example, Ranking, UserError, decode, encode, get_tokenizer
+from data.files import read_comparisons, read_demonstrations, read_documents, read_jsonl
+from data.files import read_prompts, write_jsonl
 from model import GPT, ScalarModel
 from rlhf import token_logprobs
 
@@ -202,7 +203,11 @@ def test_rm_by_hand(project, tokenizer, microbatch_size):
         return pairwise_by_loop(lambda ids, _: model(tensor([ids]))[0, -1], batch)
 
     log = assert_trained(cfg, model, 6, loss)
-    assert {"eval/accuracy", "eval_heldout_labelers/accuracy"} <= set(log[-1]) and len(log) == 7
+    for step, line in enumerate(log):  # after each epoch
+        assert ("eval_heldout_labelers/accuracy" in line) == (step in (2, 5))
+    valid = read_comparisons(project / "data/comparisons_valid.jsonl", tokenizer, 24)
+    report = rlhf.accuracy_report(model, valid, {ranking.labeler for ranking in train}, cfg)
+    assert {key: log[-1][key] for key in report} == pytest.approx(report, abs=1e-3)
     trained = rlhf.load(cfg, "rm", ScalarModel)
     demonstrations = read_demonstrations(project / "data/sft.jsonl", tokenizer, 24)
     scores = [trained(tensor([example.ids]))[0, -1].item() for example in demonstrations]
@@ -221,8 +226,33 @@ def test_dpo_by_hand(project, tokenizer, microbatch_size):
         logs = [row_logprobs(net, ids, start).sum() for net in (model, ref)]
         return cfg.beta * (logs[0] - logs[1].detach())
 
-    log = assert_trained(cfg, model, 21, lambda step: pairwise_by_loop(
-        implicit, rlhf.batch_at(train, 4, step, cfg.seed)), warmup=0.1)
+    def statistics(rankings, prefix=""):
+        """Means over the untied pairs."""
+        margins, chosen = [], []
+        for examples, ranks, _ in rankings:
+            rewards = [implicit(*example).item() for example in examples]
+            logs = [row_logprobs(model, *example).sum().item() for example in examples]
+            for i, j in itertools.permutations(range(len(ranks)), 2):
+                if ranks[i] < ranks[j]:
+                    margins.append(rewards[i] - rewards[j])
+                    chosen.append(logs[i])
+        return {f"{prefix}accuracy": np.mean(np.array(margins) > 0),
+                f"{prefix}margin": np.mean(margins), f"{prefix}chosen_logprob": np.mean(chosen)}
+
+    def loss(step):
+        batch = rlhf.batch_at(train, 4, step, cfg.seed)
+        before.append(statistics(batch))
+        return pairwise_by_loop(implicit, batch)
+
+    def after(step):
+        if step % 3 < 2:
+            return before[step] | {"valid/loss": None}
+        held_out = {"valid/loss": pairwise_by_loop(implicit, valid).item()}
+        return before[step] | held_out | statistics(valid, "valid/")
+
+    valid = read_comparisons(project / "data/comparisons_valid.jsonl", tokenizer, 24)
+    before = []
+    log = assert_trained(cfg, model, 21, loss, warmup=0.1, after=after)
     assert log[0]["loss"] == pytest.approx(math.log(2))
 
 # ---- PPO by hand -------------------------------------------------------------------------------
@@ -254,14 +284,15 @@ def episode_by_hand(nets, record, response, cfg):
         values = nets.value(tensor([ids]))[0, start - 1 : -1]
         score = nets.reward(tensor([ids]))[0, -1].item()
     ended = response[-1] == EOS
+    raw_score = score
     if not ended:
-        score = cfg.missing_eos_score
+        score = min(score, cfg.missing_eos_score)
     rewards = [-cfg.kl_coef * x.item() for x in log_ratios]
     rewards[-1] += score
     advantages = gae_by_double_sum(rewards, values.tolist(), cfg.gamma, cfg.lam)
     return SimpleNamespace(ids=ids, start=start, old=old, values=values, advantages=advantages,
                            returns=tensor(advantages) + values, n=len(response), score=score,
-                           kl=log_ratios.sum().item(), ended=float(ended))
+                           raw_score=raw_score, kl=log_ratios.sum().item(), ended=float(ended))
 
 def losses_by_hand(nets, episodes, cfg):
     """(5), (6) and their statistics, token by token."""
@@ -324,7 +355,9 @@ def ppo_by_hand(cfg, sampled, records, documents):
         returns = torch.cat([e.returns for e in episodes])
         metrics |= {
             "step": iteration + 1, "learning_rate": cfg.learning_rate * warmup,
+            "value_learning_rate": cfg.value_learning_rate * warmup,
             "objective/scores": np.mean([e.score for e in episodes]), "objective/kl": np.mean(kl),
+            "objective/raw_scores": np.mean([e.raw_score for e in episodes]),
             "objective/rlhf_reward": np.mean([e.score - cfg.kl_coef * e.kl for e in episodes]),
             "objective/entropy": -np.mean([e.old.sum().item() for e in episodes]),
             "objective/gold": np.mean([sum(gold(record, decode(tokenizer, response)).values())
@@ -334,7 +367,7 @@ def ppo_by_hand(cfg, sampled, records, documents):
             "val/var_explained": 1 - metrics["val/error"] / returns.var(correction=0).item(),
         }
         log.append(metrics)
-    return log, ema
+    return log, ema, policy
 
 @pytest.mark.parametrize("fields", [
     dict(ptx_coef=3.0, ptx_ratio=1.25, iterations=3), dict(microbatch_size=1),
@@ -349,7 +382,7 @@ def test_ppo_by_hand(project, tokenizer, calls, fields):
     records = read_prompts(project / "data/prompts.jsonl", tokenizer, 24 - 5)
     records *= math.ceil(cfg.iterations * cfg.rollout_size / len(records))
     documents = read_documents(project / "data/pretrain.txt", tokenizer)
-    expected, ema = ppo_by_hand(cfg, sampled, records, documents)
+    expected, ema, policy = ppo_by_hand(cfg, sampled, records, documents)
     log = read_log(cfg)
     for line, metrics in zip(log, expected, strict=True):
         for key, x in metrics.items():
@@ -358,6 +391,7 @@ def test_ppo_by_hand(project, tokenizer, calls, fields):
     assert set(log[0]) == set(expected[0]) | other
     assert 0 < log[0]["eos_fraction"] < 1 and log[0]["objective/kl"] == 0 != log[1]["objective/kl"]
     close_weights(rlhf.load(cfg, cfg.name), ema, 1e-3)
+    close_weights(rlhf.load(cfg, f"{cfg.name}_raw"), policy, 1e-3)
 
 # ---- PPO in particular -------------------------------------------------------------------------
 
@@ -421,10 +455,12 @@ def test_a_rule_in_place_of_the_reward_model(project, tokenizer, monkeypatch, ca
 
     (project / "out/rm.pt").unlink()
     monkeypatch.setattr(rlhf, "Reward", Rule)
-    cfg, sampled = ppo_settings(project, missing_eos_score=7.0), calls("sample_responses")
+    cfg, sampled = ppo_settings(project, missing_eos_score=1.5), calls("sample_responses")
     rlhf.ppo(cfg)
     for line, (_, responses) in zip(read_log(cfg), sampled):
-        scores = [len(decode(tokenizer, x)) if x[-1] == EOS else 7.0 for x, _ in responses]
+        raw = [len(decode(tokenizer, x)) for x, _ in responses]
+        scores = [n if x[-1] == EOS else min(n, 1.5) for n, (x, _) in zip(raw, responses)]
+        assert line["objective/raw_scores"] == pytest.approx(np.mean(raw))
         assert line["objective/scores"] == pytest.approx(np.mean(scores))
 
 def test_where_the_value_network_begins(project):
@@ -494,43 +530,54 @@ def test_accuracy_report_by_loop(reward_model, tmp_path):
     """Over untied pairs, by whether the labeler was seen in training; nothing is NaN."""
     cfg, valid = settings(rlhf.RM, tmp_path), []
     for ranks, who in (([0, 1, 1, 2], "a"), ([3, 0, 1, 2], "a"), ([1, 0, 0, 0], "b")):
-        examples = [Example([1] * (who == "b") + [1, j, 0], 1) for j in range(2, 6)]
+        examples = [Example([1] * (who == "b") * (j % 2) + [1, j, 0], 1) for j in range(2, 6)]
         valid.append(Ranking(examples, ranks, who))
     report, margins = rlhf.accuracy_report(reward_model, valid, {"a"}, cfg), {"a": [], "b": []}
     every, lengths = [], []
     for ranking in valid:
         scores = [reward_model(tensor([x.ids]))[0, -1].item() for x in ranking.examples]
-        every += scores
-        lengths += [len(x.ids) - 1 for x in ranking.examples]
+        every += [x - np.mean(scores) for x in scores]
+        own_lengths = [len(x.ids) for x in ranking.examples]
+        lengths += [n - np.mean(own_lengths) for n in own_lengths]
         for i, j in itertools.permutations(range(4), 2):
             if ranking.ranks[i] < ranking.ranks[j]:
                 margins[ranking.labeler].append(scores[i] - scores[j])
     for name, who in (("eval", "a"), ("eval_heldout_labelers", "b")):
         assert report[f"{name}/accuracy"] == pytest.approx(np.mean(np.array(margins[who]) > 0))
         assert report[f"{name}/margin"] == pytest.approx(np.mean(margins[who]), abs=1e-5)
+        chances = [1 / (1 + math.exp(-abs(margin))) for margin in margins[who]]
+        assert report[f"{name}/confidence"] == pytest.approx(np.mean(chances), abs=1e-5)
     assert report["eval/score_std"] == pytest.approx(np.std(every), abs=1e-5)
     correlation = np.corrcoef(every, lengths)[0, 1]
     assert report["eval/length_correlation"] == pytest.approx(correlation, abs=1e-4)
     report = rlhf.accuracy_report(reward_model, valid[:2], {"a"}, cfg)
-    assert set(report) == {"eval/score_std", "eval/accuracy", "eval/margin"}
+    assert set(report) == {"eval/score_std", "eval/accuracy", "eval/confidence", "eval/margin"}
     torch.nn.init.zeros_(reward_model.head.weight)
     report = rlhf.accuracy_report(reward_model, valid, {"a"}, cfg)
     assert "eval/length_correlation" not in report and report["eval/accuracy"] == 0
 
-def test_the_table_by_hand(project, tokenizer, calls):
-    """Every column of `evaluate` from the responses that were sampled."""
-    cfg = settings(rlhf.Evaluate, project, models="gpt+fewshot, sft,nothing")
+def test_the_table_by_hand(project, tokenizer, calls, monkeypatch):
+    """Every column of `evaluate` from the responses that were sampled. Gold and reward model judge
+    the same part of a response."""
+    cfg = settings(rlhf.Evaluate, project, models="gpt+fewshot, sft,nothing", samples=3,
+                   temperature=1.5)
+    probes = read_jsonl(project / "data/probes.jsonl")
+    for probe, task in zip(probes, ("copying", "adding", "copying"), strict=True):
+        probe["task"] = task
+    write_jsonl(project / "data/probes.jsonl", probes)
     completed = calls("complete")
+    monkeypatch.setattr(rlhf, "own_turn", lambda text: text[:2])
     rlhf.evaluate(cfg)
+    temperatures = [arguments[4] for arguments, _ in completed[::3]]
+    assert temperatures == [1.5, 1.5]
     responses = [result for _, result in completed]
     found = json.loads((project / "out/evaluate.json").read_text())
     table, gold = found["table"], rlhf.gold_function([{"wants": 1}], cfg.gold)
-    records = read_prompts(project / "data/prompts_valid.jsonl", tokenizer, 19)
-    probes = read_prompts(project / "data/probes.jsonl", tokenizer, 19)
+    records = read_prompts(project / "data/prompts_valid.jsonl", tokenizer, 19) * 3
     shots = sum((x.ids[:-1] for x in read_demonstrations(
         project / "data/fewshot.jsonl", tokenizer, 19)), [])
     reward, ref = rlhf.load(cfg, "rm", ScalarModel), rlhf.load(cfg, "ppo_init")
-    for title, (own, probed) in zip(table, (responses[:2], responses[2:]), strict=True):
+    for title, (own, *probed) in zip(table, (responses[:3], responses[3:]), strict=True):
         row, policy = table[title], rlhf.load(cfg, title.split("+")[0])
         expected = {key: [] for key in ("helpful", "harmless", "RM score", "length", "KL", "EOS")}
         for record, response in zip(records, own, strict=True):
@@ -539,17 +586,22 @@ def test_the_table_by_hand(project, tokenizer, calls):
             logs = [row_logprobs(net, given + response, len(given)).sum().item()
                     for net, given in ((policy, shown), (ref, ids))]
             expected["KL"].append(logs[0] - logs[1])
-            expected["RM score"].append(reward(tensor([ids + response]))[0, -1].item())
+            turn = decode(tokenizer, response)[:2]
+            judged = ids + encode(tokenizer, turn) + [EOS]
+            expected["RM score"].append(reward(tensor([judged]))[0, -1].item())
             expected["length"].append(len(response))
             expected["EOS"].append(response[-1] == EOS)
-            for axis, x in gold(record, decode(tokenizer, response)).items():
+            for axis, x in gold(record, turn).items():
                 expected[axis].append(x)
-        totals = np.add(expected["helpful"], expected["harmless"])
-        assert found["gold"][title] == pytest.approx(totals)
+        totals = np.add(expected["helpful"], expected["harmless"]).reshape(3, -1)
+        assert np.array(found["gold"][title]) == pytest.approx(totals)
+        turns = [decode(tokenizer, response)[:2] for response in own]
+        assert found["responses"][title] == turns
         documents = read_documents(project / "data/pretrain_valid.txt", tokenizer)
         expected["held-out loss"] = [lm_by_loop(policy, [(x[:24], 1) for x in documents]).item()]
-        expected["in-context"] = [decode(tokenizer, x).startswith(probe["completion"])
-                                  for probe, x in zip(probes, probed, strict=True)]
+        right = [decode(tokenizer, x).startswith(probe["completion"]) for probe, x in zip(
+            (probes[0], probes[2], probes[1]), probed[0] + probed[1], strict=True)]
+        expected |= {"copying": right[:2], "adding": right[2:]}
         rate, margin = rlhf.win_rate(totals, np.array(found["gold"]["sft"]))
         expected |= {"win rate": [rate], "±": [margin]}
         assert row == pytest.approx({key: np.mean(x) for key, x in expected.items()}, abs=1e-4)

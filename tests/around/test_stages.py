@@ -32,6 +32,7 @@ PPO_KEYS = (
     "step seconds learning_rate eos_fraction response_length sampler_gap loss/policy loss/value "
     "val/ratio val/clipfrac val/error val/grad_norm val/var_explained policy/clipfrac "
     "policy/approxkl policy/grad_norm objective/scores objective/kl objective/rlhf_reward "
+    "objective/raw_scores value_learning_rate "
     "objective/entropy objective/gold"
 )
 COLUMNS = "win rate,±,helpful,harmless,RM score,length,KL,EOS,held-out loss,in-context"
@@ -80,8 +81,10 @@ def test_every_stage_leaves_a_model_and_a_log(chain, template):
     assert data == {path.name: content for path, content in contents(chain / "data").items()}
     assert not list(chain.rglob("*.partial"))
     names = {path.name for path in (chain / "out").iterdir()}
-    assert names == {"evaluate.md", "evaluate.json"} | {
-        name for path in (chain / "out").glob("*.pt") for name in (path.name, path.stem)}
+    models = {path.stem for path in (chain / "out").glob("*.pt")}
+    logs = {name for name in models if not name.endswith("_raw")}
+    assert models - logs == {"ppo_raw", "ppo_ptx_raw"}  # the weights of the last step
+    assert names == {"evaluate.md", "evaluate.json"} | {f"{name}.pt" for name in models} | logs
 
 def test_ppo_logs_every_iteration_in_full(chain):
     for name, more in (("ppo", set()), ("ppo_ptx", {"loss/ptx"})):
