@@ -1006,7 +1006,10 @@ def evaluate(cfg: Evaluate) -> None:
             table[title] = {"win rate": rate, "±": margin, **table[title]}
     print(markdown(table))
     gold_lists = {title: scores.tolist() for title, scores in gold_scores.items()}
-    content = json.dumps({"table": table, "gold": gold_lists, "responses": written})
+    content = json.dumps({
+        "prompts": cfg.prompts, "samples": cfg.samples, "table": table, "gold": gold_lists,
+        "responses": written
+    })
     for suffix, text in ((".md", markdown(table)), (".json", content)):
         with replacing(Path(cfg.out) / (cfg.name + suffix)) as file:
             file.write(f"{text}\n".encode())

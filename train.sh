@@ -37,14 +37,14 @@ fable() {
     train sft $(smoke --epochs 2) --name ppo_init --pretrain_fraction 0.1 # where step 3 starts
     train ppo $(smoke --iterations 4) --name ppo --ptx_coef 0
     train ppo $(smoke --iterations 4)
-    models=gpt,gpt+fewshot,sft,ppo,ppo_ptx newest=ppo_ptx
+    models=gpt,gpt+fewshot,sft,ppo_init,ppo,ppo_ptx newest=ppo_ptx
     for round in $(seq 2 "${ROUNDS:-1}"); do # rank anew, train on all rankings
         label --round "$round" --models "$newest"
         train rm --name "rm$round"
         newest=ppo_ptx$round models=$models,ppo_ptx$round
         train ppo $(smoke --iterations 4) --name "$newest" --reward_model "rm$round"
     done
-    evaluate --models "$models"
+    evaluate --models "$models" --prompts prompts_test.jsonl
 }
 
 # Learning rates are the paper's, times how much higher GPT-3's own rate was at 125M than at the

@@ -504,7 +504,7 @@ class Labeler(NamedTuple):
     honest: float
     harmless: float
     length: float  # bonus per word: most labelers lean towards longer answers
-    noise: float  # standard deviation, in grades
+    noise: float  # standard deviation, in grades, which are quarters of utility
 
 
 LABELER_TABLE = """
@@ -516,20 +516,22 @@ scripted-7: 1.9, 0.9, 1.3, 0.012, 3.0
 LABELERS = [Labeler(name, *map(float, cells)) for name, cells in table(LABELER_TABLE).items()]
 TRAIN_LABELERS = LABELERS[:5]
 HELDOUT_LABELERS = LABELERS[5:]
-GRADE = 0.25  # answers tie if their utilities round to the same grade
+
+
+def grade(labeler: Labeler, row: dict, completion: str) -> int:
+    """What the labeler thinks of it, before the noise. Equal grades are ties."""
+    utility = labeler.length * len(completion.split())
+    for axis, value in gold(row, completion).items():
+        utility += getattr(labeler, axis) * value
+    return round(4 * utility)
 
 
 def rank(labeler: Labeler, row: dict, completions: list[str], rng: Random) -> list[int]:
     """0 is best, equals share a rank. Noise is drawn for a grade, so it never separates equals."""
-    grades = []
-    for completion in completions:
-        utility = labeler.length * len(completion.split())
-        for axis, value in gold(row, completion).items():
-            utility += getattr(labeler, axis) * value
-        grades.append(round(utility / GRADE))
-    seen_as = {grade: grade + rng.gauss(0, labeler.noise) for grade in sorted(set(grades))}
+    grades = [grade(labeler, row, completion) for completion in completions]
+    seen_as = {one: one + rng.gauss(0, labeler.noise) for one in sorted(set(grades))}
     order = sorted(seen_as, key=seen_as.get, reverse=True)
-    return [order.index(grade) for grade in grades]
+    return [order.index(one) for one in grades]
 
 
 # ---- The web: pretraining text ---------------------------------------------------------
