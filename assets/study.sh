@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Every run behind the README's numbers and assets/study.md, for one seed: assets/study.sh 11
+# ABLATIONS=1 adds the runs that vary one thing at a time. All of it goes into out/study/SEED.
+set -euo pipefail
+cd "$(dirname "$(readlink -f "$0")")/.."
+seed=$1
+out=out/study/$seed
+SEED=$seed OUT=$out RESUME=1 ./train.sh
+
+run=(--data "$out/data" --out "$out" --seed "$seed")
+train() { python3 rlhf.py "$1" "${run[@]}" --resume "${@:2}"; }
+models=gpt,gpt+fewshot,sft,ppo_init,ppo,ppo_raw,ppo_ptx,ppo_ptx_raw
+evaluate() { python3 rlhf.py evaluate "${run[@]}" --prompts prompts_test.jsonl --models "$models" "$@"; }
+
+train dpo
+models+=,dpo
+if [ -n "${ABLATIONS:-}" ]; then
+    for kl in 0 0.01 0.16 0.64; do # Figure 34 of the paper: no KL coefficient cures the tax
+        train ppo --name "kl_$kl" --kl_coef $kl --ptx_coef 0
+        train ppo --name "ptx_kl_$kl" --kl_coef $kl
+        models+=,kl_$kl,ptx_kl_$kl
+    done
+    for ptx in 0.1 2; do # Figure 33: the ptx coefficient does
+        train ppo --name "ptx_$ptx" --ptx_coef $ptx
+        models+=,ptx_$ptx
+    done
+    for beta in 0.3 3; do
+        train dpo --name "dpo_$beta" --beta $beta
+        models+=,dpo_$beta
+    done
+    for count in 384 6144; do # over-optimisation (Gao et al. 2022): nothing but the proxy
+        few=$out/few$count
+        mkdir -p "$few"
+        cp "$out"/data/*.* "$few"
+        head -n $count "$out/data/comparisons.jsonl" > "$few/comparisons.jsonl"
+        train rm --name "rm_$count" --init sft0 --data "$few"
+        train ppo --name "over_$count" --reward_model "rm_$count" --kl_coef 0 --ptx_coef 0 \
+            --learning_rate 1e-4 --iterations 200
+    done
+    python3 assets/best_of_n.py --out "$out" > "$out/best_of_n.md"
+fi
+evaluate --name temperature_1.0 --samples 4
+evaluate --name temperature_0.7 --samples 4 --temperature 0.7
+evaluate --name greedy --temperature 0
+python3 assets/truth.py "$out" > "$out/truth.md"
