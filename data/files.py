@@ -18,8 +18,10 @@ import tiktoken
 EOT = "<|endoftext|>"  # GPT-2's only control token: separates documents and ends responses
 GPT2_RANKS = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LONGEST_TEXT = 400_000  # characters; tiktoken overflows at a million blanks in a row
 ROLES = {"system": "System", "user": "Human", "assistant": "Assistant"}
 FIELDS = {"prompt": "a non-empty string", "completion": "a string", "labeler": "a string",
+          "task": "a string", "source": "a string", "round": "a whole number",
           "completions": "a list of at least two strings",
           "ranks": "a list with a whole number from 0 to 999 for each completion"}
 
@@ -114,7 +116,10 @@ def fingerprint(tokenizer: tiktoken.Encoding) -> str:
 
 def encode(tokenizer: tiktoken.Encoding, text: str) -> list[int]:
     """Encode ordinary text: "<|endoftext|>" in it never becomes the control token."""
-    return tokenizer.encode_ordinary(text)
+    ids = []
+    for start in range(0, len(text), LONGEST_TEXT):
+        ids += tokenizer.encode_ordinary(text[start : start + LONGEST_TEXT])
+    return ids
 
 def decode(tokenizer: tiktoken.Encoding, ids) -> str:
     """Decode a response, leaving EOS out."""
@@ -154,32 +159,27 @@ def read_text(path) -> str:
         byte = f"byte 0x{content[error.start]:02x}"
         raise UserError(f"{path}, line {line}: {byte} is not UTF-8; save it as UTF-8") from None
 
-def read_jsonl(path, *fields: str) -> list[dict]:
-    """Read one JSON object a line, each with `fields`. Known fields are checked, nulls dropped."""
+def read_jsonl(path, *required: str) -> list[dict]:
+    """Read one JSON object a line, each with the required FIELDS. Nulls are dropped."""
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             try:
-                rows.append(parse(line, fields))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: not JSON: {error.msg}") from None
+                row = parse(line)
+                check(row, required)
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: {error}") from None
+            rows.append({field: value for field, value in row.items() if value is not None})
     return rows
 
-def parse(line: str, required) -> dict:
-    row = json.loads(line, object_pairs_hook=unique)
-    json.dumps(row, ensure_ascii=False, allow_nan=False).encode()  # no NaN, no lone surrogate
-    if not isinstance(row, dict):
-        raise ValueError(f'should be an object such as {{"prompt": ...}}, not {row!a:.60}')
-    row = {field: value for field, value in row.items() if value is not None}
-    for field in FIELDS:
-        if field in row and not is_valid(field, row[field], row):
-            raise ValueError(f"{field} should be {FIELDS[field]}, not {row[field]!a:.60}")
-    for field in required:
-        if field not in row:
-            raise ValueError(f"{field} should be {FIELDS.get(field, 'there')}, not missing")
-    return row
+def parse(text: str):
+    """Parse JSON without what Python's own reader lets pass. Raises ValueError."""
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # no NaN, no half character
+    return value
 
 def unique(pairs: list[tuple]) -> dict:
     row = {}
@@ -189,14 +189,25 @@ def unique(pairs: list[tuple]) -> dict:
         row[field] = value
     return row
 
+def check(row, required=()) -> None:
+    """Raise ValueError if one of FIELDS holds something else, or a required one is missing."""
+    if not isinstance(row, dict):
+        raise ValueError(f'a row should be an object such as {{"prompt": ...}}, not {row!a:.60}')
+    for field, should in FIELDS.items():
+        value = row.get(field)
+        if (value is not None or field in required) and not is_valid(field, value, row):
+            raise ValueError(f"{field} should be {should}, not {value!a:.60}")
+
 def is_valid(field: str, value, row: dict) -> bool:
-    if field not in ("completions", "ranks"):
-        return isinstance(value, str) and (field != "prompt" or value != "")
     if field == "ranks":
-        fits = isinstance(value, list) and len(value) == len(row.get("completions", ""))
+        fits = isinstance(value, list) and len(value) == len(row.get("completions") or "")
         return fits and all(type(rank) is int and 0 <= rank < 1000 for rank in value)
-    texts = isinstance(value, list) and len(value) >= 2
-    return texts and all(isinstance(text, str) for text in value)
+    if field == "round":
+        return type(value) is int
+    if field == "completions":
+        several = isinstance(value, list) and len(value) >= 2
+        return several and all(isinstance(text, str) for text in value)
+    return isinstance(value, str) and (field != "prompt" or value != "")
 
 def read_prompts(path, tokenizer, longest: int, *fields: str) -> list[dict]:
     """Rows with the tokens of their prompt, at most `longest`, as "prompt_ids"."""

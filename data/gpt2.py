@@ -7,7 +7,6 @@
 
 import argparse
 import json
-import os
 import re
 import sys
 from contextlib import contextmanager
@@ -19,10 +18,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import rlhf  # noqa: E402
+from data import prepare  # noqa: E402
 from data.files import UserError, fingerprint, get_tokenizer, replacing  # noqa: E402
 from model import GPT, GPTConfig, ScalarModel  # noqa: E402
 
-HUB = {  # revision, start of the SHA-256 of model.safetensors ("": unknown)
+HUB = {  # revision, how the SHA-256 of model.safetensors begins ("": unknown)
     "gpt2": ("607a30d783dfa663caf39e06633721c8d4cfcd7e", "248dfc3911869ec493c76e65"),
     "gpt2-medium": ("6dcaa7a952f72f9298047fd5137cd6e4f05f41da", "fc5a354a19255ad494f3d715"),
     "gpt2-large": ("32b71b12589c2f8d625668d2335a01cac3249519", ""),
@@ -45,12 +45,13 @@ PADDING = 1024  # vocabularies are padded to a multiple of at most this
 PAD_TOKEN = 187  # the byte 0xff in GPT-2's vocabulary, which no UTF-8 text contains
 
 @contextmanager
-def explained(source, todo=f"use another folder, or one of {', '.join(HUB)}"):
+def explained(source):
     """Turn whatever a damaged or foreign file raises, in a dozen ways, into a UserError."""
     try:
         yield
     except Exception as error:
         reason = " ".join(f"{error or type(error).__name__}".split())
+        todo = f"use another folder, or one of {', '.join(HUB)}"
         raise UserError(f"{source} cannot be used ({reason:.200}): {todo}") from None
 
 def read_config(path: Path) -> GPTConfig:
@@ -134,23 +135,18 @@ def read_vocabulary(folder: Path) -> str:
         return fingerprint(SimpleNamespace(n_vocab=len(ids), decode_single_token_bytes=tokens.get))
 
 def download(name: str) -> Path:
-    """Download a model once, into $RLHF_CACHE or ~/.cache/rlhf. $HF_ENDPOINT is a mirror."""
+    """Download a model of the HUB once, into ~/.cache/rlhf."""
     revision, sha256 = HUB[name]
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    folder = Path(os.environ.get("RLHF_CACHE", "~/.cache/rlhf")).expanduser() / name
-    for file, start in {"config.json": "", "model.safetensors": sha256}.items():
-        url = f"{hub}/openai-community/{name}/resolve/{revision}/{file}"
-        path = folder / file
-        if not path.exists():
-            with explained(url, f"try again, or save it as {path} by hand"):
-                folder.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(url, str(path), hash_prefix=start)
+    folder = Path.home() / ".cache/rlhf" / name
+    url = f"{prepare.HUB}/openai-community/{name}/resolve/{revision}"
+    prepare.fetch(f"{url}/config.json", folder / "config.json")
+    prepare.fetch(f"{url}/model.safetensors", folder / "model.safetensors", sha256)
     return folder
 
-def load_gpt2(name_or_folder: str | Path, data: str = "") -> GPT | ScalarModel:
+def load_gpt2(name_or_folder: str | Path, data: str = "") -> GPT:
     """Load a model of the HUB or a folder in float32, on the CPU, for the tokenizer of `data`.
 
-    A `score` layer makes it a ScalarModel. UserError if anything is damaged or not GPT-2's.
+    UserError if anything is damaged or not GPT-2's.
     """
     n_vocab = GPTConfig.vocab_size
     expected = GPT2_VOCABULARY
@@ -174,14 +170,8 @@ def load_gpt2(name_or_folder: str | Path, data: str = "") -> GPT | ScalarModel:
         config.vocabulary = vocabulary
         if data and config.vocab_size != n_vocab:
             raise ValueError(f"{config.vocab_size} tokens, where {data} has {n_vocab}")
-        kind = GPT
-        if "score.weight" in weights:
-            kind = ScalarModel
-            weights = {f"gpt.{name}": tensor for name, tensor in weights.items()}
-            weights["head.weight"] = weights.pop("gpt.score.weight")
-            weights["head.bias"] = torch.zeros(1)
         with torch.device("meta"):  # shapes only
-            model = kind(config)
+            model = GPT(config)
         model.load_state_dict(weights, assign=True)
     return model.eval()
 
@@ -214,7 +204,7 @@ def save_gpt2(model: GPT | ScalarModel, folder: str | Path) -> None:
 def gpt2(cfg) -> None:
     if cfg.command == "load":
         model = load_gpt2(cfg.source, cfg.data)
-        target = rlhf.checkpoint(cfg, "rm" if isinstance(model, ScalarModel) else "gpt")
+        target = rlhf.checkpoint(cfg, "gpt")
         rlhf.save(target, model)
     else:
         target = cfg.folder

@@ -37,9 +37,8 @@ class Label(rlhf.Settings):
     k_max: int = 9  # most completions per prompt (paper: 9)
     round: int = 1  # round of collecting; a later one keeps the rankings of earlier rounds
     by: str = "scripted"  # who ranks: scripted, the name of a person, or a reward model's .pt
-    prompts: str = ""  # file of prompts for a person
-    to: str = ""  # file that gets a person's answers; default: the file that the stages read
     write: bool = False  # a person writes demonstrations
+    valid: bool = False  # a person is asked about held-out prompts
     agreement: str = ""  # print how often the labelers of this file agree
     blind = None  # the two models of --blind
 
@@ -88,29 +87,24 @@ class Sampler:
 
 def rank_by_machine(cfg: Label) -> None:
     """Write comparisons.jsonl and comparisons_valid.jsonl anew, and print the agreement."""
-    if cfg.prompts or cfg.to:
-        raise UserError("--prompts and --to are for people: say --by whom")
-    earlier = {}
-    for split in ("", "_valid"):
-        path = Path(cfg.data) / f"comparisons{split}.jsonl"
-        earlier[split] = read_answers(path)
-        if any("time" in row for row in earlier[split]):
+    paths = [Path(cfg.data) / "comparisons.jsonl", Path(cfg.data) / "comparisons_valid.jsonl"]
+    for path in paths:
+        if any("time" in row for row in read_answers(path)):
             raise UserError(f"{path} has answers by people: move it first")
     judge = None
     if cfg.by != "scripted":
         judge = rlhf.load(cfg, cfg.by, ScalarModel)
     sampler = Sampler(cfg)
     rng = Random(cfg.seed)
-    for split in ("", "_valid"):
-        rankings = [row for row in earlier[split] if row.get("round", 1) < cfg.round]
-        prompts = Path(cfg.data) / f"rm_prompts{split}.jsonl"
-        rows = sampler.read(prompts)
+    for path in paths:
+        rankings = [row for row in read_answers(path) if row.get("round", 1) < cfg.round]
+        rows = sampler.read(path.with_name(path.name.replace("comparisons", "rm_prompts")))
         if not judge and "wants" not in rows[0]:
-            raise UserError(f"{prompts}: scripted labelers only know the fable, so say --by whom")
+            raise UserError("the scripted labelers only know the fable: say who ranks with --by")
         sampler.fill(rows, rng)
         for row in rows:
             labelers = [rng.choice(fable.TRAIN_LABELERS)]
-            if split == "_valid":
+            if path == paths[1]:
                 labelers = fable.TRAIN_LABELERS + fable.HELDOUT_LABELERS
             ranks = {}
             if judge:
@@ -121,7 +115,6 @@ def rank_by_machine(cfg: Label) -> None:
             for name, own in ranks.items():
                 given = {"ranks": own, "labeler": name, "round": cfg.round}
                 rankings.append(only(row, "prompt", "completions", "task") | given)
-        path = Path(cfg.data) / f"comparisons{split}.jsonl"
         write_jsonl(path, rankings)
         print(f"{path}: {len(rankings)} rankings")
     if not judge:
@@ -279,17 +272,22 @@ def ask_text(row: dict) -> dict | str:
 
 def ask_person(cfg: Label) -> None:
     """A person writes demonstrations, ranks completions, or compares two models."""
-    if cfg.by.endswith(".pt") or not cfg.by.isprintable():
-        raise UserError(f"--by {cfg.by!r}: should be the name of a person")
-    if cfg.write and cfg.blind:
-        raise UserError("--write and --blind are different work: choose one of them")
-    path, to = places(cfg)
+    if cfg.by.endswith(".pt") or cfg.write and cfg.blind:
+        raise UserError("--write and --blind are for people, and one at a time")
+    data = Path(cfg.data)
+    split = "_valid" if cfg.valid else ""  # what is held out stays held out
     own = {"labeler": "you" if cfg.by == "scripted" else cfg.by}
     if cfg.write:
-        collect(to, [only(row, "prompt") for row in read_jsonl(path, "prompt")], own, ask_text)
+        rows = read_jsonl(data / f"prompts{split}.jsonl", "prompt")
+        collect(data / f"sft{split}.jsonl", rows, own, ask_text)
         return
+    prompts = data / f"rm_prompts{split}.jsonl"
+    to = data / f"comparisons{split}.jsonl"
+    if cfg.blind:
+        prompts = data / "prompts_valid.jsonl"
+        to = Path(cfg.out) / "blind.jsonl"
     sampler = Sampler(cfg)
-    distinct = {row["prompt"]: only(row, "prompt", "prompt_ids") for row in sampler.read(path)}
+    distinct = {row["prompt"]: only(row, "prompt", "prompt_ids") for row in sampler.read(prompts)}
     rows = list(distinct.values())
     own["models"] = ",".join(str(rlhf.checkpoint(cfg, name)) for name in sampler.names)
 
@@ -306,21 +304,6 @@ def ask_person(cfg: Label) -> None:
         share, margin = rlhf.win_rate(-ranks[:, 0], -ranks[:, 1])
         two = " is preferred to ".join(cfg.blind)
         print(f"{two} on {share:.1%} ± {margin:.1%} of {len(ranks)} prompts (95 % interval)")
-
-def places(cfg: Label) -> tuple[Path, Path]:
-    """The file of prompts and the file of answers. What is held out stays held out."""
-    path = Path(cfg.data) / "rm_prompts.jsonl"
-    to = Path(cfg.data) / "comparisons.jsonl"
-    if cfg.write:
-        path = path.with_name("prompts.jsonl")
-        to = to.with_name("sft.jsonl")
-    if cfg.blind:
-        path = path.with_name("prompts_valid.jsonl")
-        to = Path(cfg.out) / "blind.jsonl"
-    path = Path(cfg.prompts or path)
-    if path.stem.endswith("_valid") and not cfg.blind:
-        to = to.with_stem(f"{to.stem}_valid")
-    return path, Path(cfg.to or to)
 
 def label(cfg: Label) -> None:
     if cfg.agreement:

@@ -28,7 +28,7 @@ LINES = [  # each with its row, or with the sentence that refuses it
     ('{"prompt": "P", "completion": null, "ranks": null, "task": null}', {"prompt": "P"}),
     ('{"prompt": "a\u2028b\u0085c"}', {"prompt": "a\u2028b\u0085c"}),
     (f'{{{PAIR}, "ranks": [9, 9]}}', dict(prompt="P", completions=["a", "b"], ranks=[9, 9])),
-    ('{"prompt": null}', "prompt should be a non-empty string, not missing"),
+    ('{"prompt": null}', "prompt should be a non-empty string, not None"),
     ('{"prompt": ""}', "prompt should be a non-empty string, not ''"),
     ('{"prompt": ["\u202e"]}', "prompt should be a non-empty string, not ['\\u202e']"),
     ('{"prompt": "P", "completion": 1}', "completion should be a string, not 1"),
@@ -38,7 +38,7 @@ LINES = [  # each with its row, or with the sentence that refuses it
     (f'{{{PAIR}, "ranks": [0]}}', RANKS + "[0]"),
     (f'{{{PAIR}, "ranks": [0, -1]}}', RANKS + "[0, -1]"),
     (f'{{{PAIR}, "ranks": [0, 1000]}}', RANKS + "[0, 1000]"),
-    ('["P"]', "should be an object such as {\"prompt\": ...}, not ['P']"),
+    ('["P"]', "a row should be an object such as {\"prompt\": ...}, not ['P']"),
     ('{"prompt": "P"} {}', "not JSON: Extra data"),
     ('{"prompt": "P", "prompt": "P"}', "the field 'prompt' should be there once, not twice"),
     ('{"prompt": "P", "wants": {"a": 1, "a": 2}}', "the field 'a' should be there once"),
@@ -89,7 +89,7 @@ def test_bytes_around_the_text(path):
         write(path, content)
         assert files.read_text(path) == text.decode()
         assert files.read_jsonl(path, "prompt") == [{"prompt": "ä"}]
-        assert "wants should be there, not missing" in refusal(files.read_jsonl, path, "wants")
+        assert "completion should be a string" in refusal(files.read_jsonl, path, "completion")
 
 def test_bytes_that_cannot_be_read(path):
     assert f"{path} cannot be read: [Errno 2] No such" in refusal(files.read_text, path)

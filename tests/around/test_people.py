@@ -168,9 +168,11 @@ def test_the_last_completion_answers_another_prompt(folder, type_in, monkeypatch
     monkeypatch.setattr(rlhf, "complete", complete)
     scripted(folder, monkeypatch, 13)
     type_in("--models a,b")
-    theirs = read_jsonl(folder / "comparisons.jsonl")
-    type_in("--by anna --models a,b --k_max 4 --to {0}/anna.jsonl", *["1 2 3 4"] * 13)
-    for rankings, k in ((theirs, range(4, 10)), (read_jsonl(folder / "anna.jsonl"), [4])):
+    path = folder / "comparisons.jsonl"
+    theirs = read_jsonl(path)
+    path.unlink()
+    type_in("--by anna --models a,b --k_max 4", *["1 2 3 4"] * 13)
+    for rankings, k in ((theirs, range(4, 10)), (read_jsonl(path), [4])):
         strays = set()
         for row in rankings:
             *own, stray = row["completions"]
@@ -195,15 +197,18 @@ def test_undo_takes_back_ones_own_last_answer(folder, type_in, fixed):
 @pytest.mark.parametrize("stops", [(0, 1), (1, 1), (2, 3), (3, 1)])
 def test_sessions_in_parts_are_one_session(folder, type_in, stops):
     script = ["1 2 3 4", "4 3=2 1", "2 1 3 4", "1=2=3=4", "1 4 2=3"]
-    flags = "--by anna --models a,b --k_min 4 --k_max 4 --to {0}/"
-    type_in(flags + "whole.jsonl", *script)
+    flags = "--by anna --models a,b --k_min 4 --k_max 4"
+    path = folder / "comparisons.jsonl"
+    type_in(flags, *script)
+    whole = read_jsonl(path)
+    path.unlink()
     given = 0
     for stop in [*stops, 5]:
-        type_in(flags + "parts.jsonl", *script[given : given + stop])
+        type_in(flags, *script[given : given + stop])
         given += stop
-    parts = read_jsonl(folder / "parts.jsonl")
+    parts = read_jsonl(path)
     assert len(parts) == 5
-    for one, other in zip(read_jsonl(folder / "whole.jsonl"), parts):
+    for one, other in zip(whole, parts):
         assert one | {"time": 0} == other | {"time": 0}
 
 def test_two_people_at_once_lose_nothing(folder):
@@ -301,7 +306,7 @@ def test_rounds_keep_earlier_rankings_and_nobody_overwrites_peoples(folder, type
         assert [row["round"] for row in read_jsonl(path)] == [1, 1, 1, 2, 2, 2]
     type_in("--models a")
     assert read_jsonl(path) == first
-    for answers, flags in ((path, ""), (valid, "--prompts {0}/prompts_valid.jsonl")):
+    for answers, flags in ((path, ""), (valid, "--valid")):
         path.write_bytes(b"")
         type_in(f"--by anna --models a --k_max 4 {flags}", "1 2 3 4", "quit")
         before = answers.read_bytes()
@@ -328,12 +333,11 @@ def test_agreement_without_and_with_heldout_labelers(folder, type_in):
 
 @pytest.mark.parametrize("flags, sentence", [
     ("--by anna --models a --k_min 5 --k_max 4", "k_min 5 and k_max 4: at least 2"),
-    ("--by anna --models a --prompts {0}/none.jsonl", "none.jsonl cannot be read"),
     ("--by {0}/a.pt --models a", "ScalarModel"),
-    ("--write --blind a b", "choose one of them"),
-    ("--blind a b --by {0}/judge.pt", "the name of a person"),
-    ("--agreement {0}/prompts.jsonl", "line 1: completions should be"),
-    ("--models a --prompts {0}/prompts.jsonl", "--by"),
+    ("--write --blind a b", "one at a time"),
+    ("--blind a b --by {0}/judge.pt", "for people"),
+    ("--agreement {0}/prompts.jsonl", "line 1: labeler should be"),
+    ("--models a", "only know the fable: say who ranks with --by"),
 ])
 def test_a_mistake_is_one_sentence(folder, type_in, flags, sentence):
     with pytest.raises(SystemExit, match=re.escape(sentence)):
