@@ -25,7 +25,8 @@ DEMONSTRATED = ("messages", "conversations", "completion", "output")
 COMPARED = ("chosen", "rejected", "completions", "ranks", "scores")
 FIELDS = (*CARRIED, *ASKED, "input", *DEMONSTRATED, "label", *COMPARED, "text")
 RANKED = ("", "chosen rejected", "completions", "completions ranks", "completions scores")
-HUMAN, CUE = "\n\nHuman:", "\n\nAssistant:"  # how turns begin
+HUMAN = "\n\nHuman:"  # how a turn begins
+CUE = "\n\nAssistant:"  # how an answer begins
 SPEAKERS = {"user": "Human", "human": "Human", "prompter": "Human", "assistant": "Assistant",
             "gpt": "Assistant", "system": "System"}
 LABELS = {"true": True, "1": True, "1.0": True, "yes": True, "false": False, "0": False,
@@ -52,7 +53,7 @@ ROWS = "import csv, json; [print(json.dumps(row)) for row in {}]"
 CSV = ROWS.format("csv.DictReader(open({!r}, encoding='utf-8-sig'))")
 TABLE = "import pandas; print(pandas.read_parquet({!r}).to_json(orient='records', lines=True))"
 OTHERS = {  # how the name ends, the first bytes, Python that prints the file as JSON Lines
-    "CSV": (".csv", (), CSV), "parquet": (".parquet", b"PAR1", TABLE),
+    "a CSV file": (".csv", (), CSV), "a parquet file": (".parquet", b"PAR1", TABLE),
     "UTF-16": ((), (b"\xff\xfe", b"\xfe\xff"), "print(open({!r}, encoding='utf-16').read())"),
 }
 
@@ -307,11 +308,14 @@ def objects(path: Path):
 
 def read(args, notes: Counter) -> tuple[dict, set]:
     """The canonical rows by kind, and how those begin that come from the files held out."""
+    files = sources(args)
+    held = [path for path in files if HELD_OUT.search(path.name.lower())]
+    if held == files:  # something has to be trained on
+        held = []
     found = {"pretrain": [], "sft": [], "comparisons": [], "prompts": []}
-    openings = {False: set(), True: set()}
+    openings = set()
     refused = []
-    for path in sources(args):
-        held = HELD_OUT.search(path.name.lower()) is not None
+    for path in files:
         before = len(refused)
         used = 0
         for where, value in objects(path):
@@ -325,19 +329,18 @@ def read(args, notes: Counter) -> tuple[dict, set]:
                 continue
             for kind, row in rows:
                 found[kind].append(row)
-                openings[held].add(opening(row))
+                if path in held:
+                    openings.add(opening(row))
             used += 1
             notes.update(seen)
-        side = " (held out)" if held else ""
+        side = " (held out)" if path in held else ""
         print(f"{path}{side}: {used:,} rows used, {len(refused) - before:,} refused")
     if refused and not args.skip_bad:
         todo = f"{len(refused):,} refused, so nothing is written; --skip-bad leaves them out"
         raise UserError(f"{refused[0]} ({todo})")
     for sentence in refused[:20]:
         print(f"  refused: {sentence}")
-    if not openings[False]:  # something has to be trained on
-        return found, set()
-    return found, openings[True]
+    return found, openings
 
 # From rows to files
 
