@@ -233,19 +233,6 @@ def test_two_people_at_once_lose_nothing(folder):
         own = [row["prompt"] for row in rows if row["labeler"] == name]
         assert own == [prompt(i) for i in range(60)]
 
-def test_an_answer_is_added_whole_or_not_at_all(tmp_path, monkeypatch):
-    """Also to a file that lacks its last newline; the file is never open for writing."""
-    path = tmp_path / "x.jsonl"
-    path.write_bytes('{"prompt": "é"}'.encode())
-    label.update(path, {"prompt": "ü"})
-    before = path.read_bytes()
-    assert before == '{"prompt": "é"}\n{"prompt": "ü"}\n'.encode()
-
-    monkeypatch.setattr(files.os, "fsync", None)  # fails after the answer is written
-    with pytest.raises(TypeError):
-        label.update(path, {"prompt": "lost"})
-    assert path.read_bytes() == before
-
 def test_lines_fit_the_screen_whatever_the_script():
     chinese = "机器学习" * 60
     thai = "ที่นี่" * 60 + " " + "word " * 60 + "x" * 200
