@@ -287,14 +287,15 @@ def objects(path: Path):
     text = read_text(path)
     unit = "item"
     try:
-        values = parse(text)  # a list, or one object
+        if name.endswith((".txt", ".md")):
+            values = [{"text": part} for part in text.split(EOT) if part.strip()]
+        else:
+            values = parse(text)  # a list, or one object
     except (ValueError, RecursionError) as error:
         if text.lstrip().startswith("["):
             raise UserError(f"{path}: {error}") from None
         values = text.split("\n")
         unit = "line"
-    if name.endswith((".txt", ".md")):
-        values = [{"text": part} for part in text.split(EOT) if part.strip()]
     if isinstance(values, dict) and values.keys().isdisjoint(FIELDS):
         for field in values:
             if isinstance(values[field], list):

@@ -228,7 +228,7 @@ LINES = list(map(json.dumps, ROWS))
     ("list.json", json.dumps(ROWS)), ("list.jsonl", json.dumps(ROWS, indent=1)),
     ("lines.json", "\n\n".join(LINES)), ("windows.jsonl", "\r\n".join(LINES)),
     ("x", "\n".join(LINES))])
-def test_files_that_are_read(name, content, data, tmp_path):
+def test_files_of_rows_that_are_read(name, content, data, tmp_path):
     """As they are and gzipped."""
     (tmp_path / name).write_bytes(content.encode())
     (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
@@ -411,11 +411,14 @@ def test_downloads_have_hashes_and_one_mirror(data, monkeypatch):
     monkeypatch.setitem(prepare.DOWNLOADS, "hh", {"https://x.example/new": "wrong"})
     assert "invalid hash" in refusal("hh", data=data)
 
-def test_webtext_is_documents(data, tmp_path):
-    rows = [{"text": f"Document {i}.", "id": i, "length": 2, "ended": True} for i in range(30)]
-    run("webtext", write(tmp_path / "webtext.test.jsonl", rows), data=data)
-    texts = [(data / f"{name}.txt").read_text() for name in ("pretrain", "pretrain_valid")]
-    assert "".join(texts).count(EOT) == 30 and all(texts)
+def test_text_is_documents(data, tmp_path):
+    texts = [f"[{i}] A document." for i in range(30)]
+    rows = [{"text": text, "id": 1, "length": 2, "ended": True} for text in texts]
+    (tmp_path / "x.txt").write_text(EOT.join(texts))
+    for name, path in (("webtext", write(tmp_path / "x.test", rows)), ("mine", tmp_path / "x.txt")):
+        run(name, path, data=data)
+        both_sides = [(data / f"{name}.txt").read_text() for name in ("pretrain", "pretrain_valid")]
+        assert all(both_sides) and sorted("".join(both_sides).split(EOT)) == ["", *sorted(texts)]
 
 def strings(value) -> list[str]:
     if isinstance(value, dict):
