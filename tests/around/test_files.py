@@ -173,6 +173,10 @@ def test_gold_function(tmp_path, monkeypatch):
     assert files.gold_function([{}, {}], "absent.py") is None
     assert "all rows or none, not in 2 of 3" in refusal(files.gold_function, [*rows, {}], "")
     assert f"{tmp_path / 'none.py'} should have" in refusal(files.gold_function, rows, "none.py")
+    for name in ("absent.py", ""):
+        assert "--gold: there is no file" in refusal(files.gold_function, rows, name)
+    (tmp_path / "other.py").write_text("def gold(row, text):\n    return {'x': row['wants']['x']}\n")
+    assert "KeyError('x'); pass --gold" in refusal(files.gold_function, rows, "other.py")
 
 def raising(error: BaseException):
     def function(*arguments, **options):
