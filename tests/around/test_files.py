@@ -184,14 +184,6 @@ def raising(error: BaseException):
 
     return function
 
-@pytest.mark.parametrize("owner, name", [(files, "open"), (os, "fsync"), (Path, "replace")])
-def test_a_refused_write_leaves_the_old_file(path, monkeypatch, owner, name):
-    write(path, b"old")
-    error = PermissionError(errno.EACCES, "Permission denied")
-    monkeypatch.setattr(owner, name, raising(error), raising=False)
-    assert refusal(write, path) == f"{path} cannot be written: [Errno 13] Permission denied"
-    assert only(path, b"old")
-
 def test_a_full_disk_or_a_folder_in_the_way(path):
     write(path, b"old")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

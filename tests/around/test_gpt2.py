@@ -89,17 +89,15 @@ def test_masks_of_old_versions_and_the_tied_unembedding(tmp_path, model):
     with pytest.raises(UserError, match="model.safetensors .*lm_head.weight differs from wte.wei"):
         load_gpt2(write_folder(tmp_path, model, theirs(model, **more)))
 
-@pytest.mark.parametrize("change, message", [
-    (lambda w: w.pop("h.1.ln_2.bias"), "Missing key.*h.1.ln_2.bias"),
-    (lambda w: w.pop("wte.weight"), "wte.weight"),
-    (lambda w: w.update({"h.2.ln_1.bias": torch.ones(24)}), "Unexpected key.*h.2.ln_1.bias"),
-    (lambda w: w.update({"wpe.weight": torch.ones(31, 24)}), "mismatch for wpe.weight"),
-    (lambda w: w.update({"h.0.attn.c_attn.weight": torch.ones(72, 24)}), "h.0.attn.c_attn.weight"),
-])
-def test_weights_that_do_not_fit_are_named(tmp_path, model, change, message):
+@pytest.mark.parametrize("name, shape", [
+    ("h.1.ln_2.bias", None), ("wte.weight", None), ("h.2.ln_1.bias", 24), ("wpe.weight", (31, 24)),
+    ("h.0.attn.c_attn.weight", (72, 24)), ("score.weight", (1, 24))])
+def test_weights_that_do_not_fit_are_named(tmp_path, model, name, shape):
     weights = theirs(model)
-    change(weights)
-    with pytest.raises(UserError, match=f"{tmp_path}.*{message}.*: use another"):
+    weights.pop(name, None)
+    if shape:
+        weights[name] = torch.ones(shape)
+    with pytest.raises(UserError, match=f"model.safetensors cannot.*{name}.*: use another"):
         load_gpt2(write_folder(tmp_path, model, weights))
 
 @pytest.mark.parametrize("field, value", [
@@ -117,13 +115,15 @@ def test_a_config_of_another_model_is_refused(tmp_path, model, field, value):
 def test_broken_folders_are_one_sentence(tmp_path, model):
     with pytest.raises(UserError, match="config.json cannot be used .*No such file.* one of gpt2"):
         load_gpt2(tmp_path / "nowhere")
-    (write_folder(tmp_path, model) / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="model.safetensors cannot be used .*No such file"):
-        load_gpt2(tmp_path)
-    for content in (b"", b"[]", b"{", b"[" * 100_000, b"\xff"):
+    write_folder(tmp_path, model)
+    for content in (b"[]", b"{", b"[" * 100_000, b"\xff"):
         (tmp_path / "config.json").write_bytes(content)
         with pytest.raises(UserError, match="config.json cannot be used"):
             load_gpt2(tmp_path)
+    (tmp_path / "broken.pt").write_bytes(b"broken")
+    for line in ("load nowhere", "save nothing.pt a", f"save {tmp_path}/broken.pt a"):
+        with pytest.raises(SystemExit, match=f"gpt2: .*{line.split()[1]}"):
+            gpt2.main(line.split())
 
 B = {"dtype": "F32", "shape": [4], "data_offsets": [24, 40]}
 DAMAGED = [
@@ -270,10 +270,3 @@ def test_load_and_save_on_the_command_line(tmp_path, model, capsys):
     assert "score.weight" in read_safetensors(tmp_path / "c" / "model.safetensors")
     said = capsys.readouterr().out
     assert "GPT with 261 tokens" in said and "ScalarModel with 261 tokens" in said
-
-def test_errors_on_the_command_line_are_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "broken.pt").write_bytes(b"broken")
-    for line in ("load nowhere", "save nothing.pt a", "save broken.pt a"):
-        with pytest.raises(SystemExit, match=f"gpt2: .*{line.split()[1]}"):
-            gpt2.main(line.split())

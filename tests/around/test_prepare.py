@@ -200,16 +200,6 @@ def test_rows_that_are_refused_by_file_line_and_name(row, named, data, tmp_path)
     assert f"{path}, line 2: " in sentence and re.search(named, sentence.split("line 2: ")[1])
     assert len(sentence) < 500 and sentence.isascii()
 
-@pytest.mark.parametrize("raw, named", [
-    (b'{"prompt": "Q", "prompt": "R"}', "prompt"), (b'{"prompt": "Q", "x": NaN}', "JSON"),
-    (b'{"prompt": "Q", "x": 1e999}', "JSON"), (b'{"prompt": "\\ud800"}', "ud800"),
-    (b'{"prompt": "Q"', "JSON"), (b"[" * 99_999, "recursion"), (b'{"prompt": "\xff"}', "0xff")])
-def test_lines_that_are_not_json(raw, named, data, tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"prompt": "Q"}\r\n\r\n' + raw + b"\r\n")
-    sentence = refusal("mine", path, data=data)
-    assert f"{path}, line 3: " in sentence and named in sentence
-
 def test_ignored_fields_and_rows_left_out_are_counted(data, tmp_path, capsys):
     rows = [{"prompt": f"Q{i}", "completion": "A", "id": i, "note": None} for i in range(40)]
     rows.append({"messages": [user("Q", name="me"), bot("A", name="you")]})
@@ -257,6 +247,8 @@ def test_other_formats_are_named_with_what_converts_them(name, content, named, d
 @pytest.mark.parametrize("name, content, named", [
     ("cut.jsonl.gz", gzip.compress(b'{"prompt": "Q"}\n' * 50)[:-9], "cut.jsonl.gz"),
     ("bad.json", b'[{"prompt": "Q"}, {"prompt": NaN}]', "bad.json"),
+    ("x", b'\xef\xbb\xbf{"prompt": "Q"}\r\n\r\n{"prompt": "Q"', "x, line 3: not JSON"),
+    ("x", b'{"prompt": "Q"}\n' + b"[" * 99_999, "x, line 2: "),
     ("latin.txt", b"ok\ncaf\xe9", "line 2"), ("one.jsonl", b'{"prompt": "Q"}', "nothing"),
     ("folder/x.jsonl", b"", "No such file")])
 def test_files_that_cannot_be_used(name, content, named, data, tmp_path):
