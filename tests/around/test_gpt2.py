@@ -130,7 +130,7 @@ DAMAGED = [
     b"", b"\x00" * 7, (10**18).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"[]",
     (2).to_bytes(8, "little") + b"{]", safetensors(TWO)[:-1],
     *(safetensors(TWO, b=B | {"data_offsets": offsets}) for offsets in (
-        [20, 36], [28, 44], [0, 16], [0, 24], [24, 44], [-16, 0], [24], ["24", "40"])),
+        [20, 36], [20, 40], [28, 44], [0, 16], [24, 44], [-16, 0], [24], ["24", "40"])),
     *(safetensors(TWO, b=B | {"shape": shape}) for shape in (
         [2**40, 2**40], [-2, -2], [4.0], [5], [2, 2, 2], 4, None)),
     *(safetensors(TWO, b=B | {"dtype": dtype}) for dtype in ("F8_E4M3", "I32", "F64", [])),

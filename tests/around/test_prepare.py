@@ -283,7 +283,7 @@ def test_files_are_held_out_by_name(data, tmp_path, capsys):
         write(folder / f"{name}.jsonl", rows)
     for name in ("README.md", ".cache/x.metadata"):
         (folder / name).write_text("Not a row.")
-    run("mine", folder, data=data)
+    run("mine", folder, "--valid", "0.5", data=data)
     assert len(lines_of(data / "sft.jsonl")) == 25 + 1
     assert len(lines_of(data / "sft_valid.jsonl")) == 15 + 5
     out = capsys.readouterr().out
@@ -332,9 +332,10 @@ def test_pairs_alone_are_enough_for_all_stages(data, tmp_path, capsys):
     """The best answers are demonstrations, all prompts are prompts."""
     rows = [{"prompt": f"Q{i}", "completions": ["a", "b", "c"], "ranks": [1, 0, 0]}
             for i in range(30)]
-    path = write(tmp_path / "pairs.jsonl", [*rows, {"prompt": "Q1", "completion": "d"}])
+    rows += [{"prompt": "blank", "completions": ["", "e"]}, {"prompt": "Q1", "completion": "d"}]
+    path = write(tmp_path / "pairs.jsonl", rows)
     run("mine", path, "--valid", "0.1", data=data)
-    assert len(both(data, "comparisons")) == 30 and len(both(data, "sft")) == 29 * 2 + 1
+    assert len(both(data, "comparisons")) == 31 and len(both(data, "sft")) == 29 * 2 + 1
     assert {row["completion"] for row in both(data, "sft")} == {" b", " c", " d"}
     tokenizer = get_tokenizer(data)
     assert len(read_demonstrations(data / "sft.jsonl", tokenizer, 200)) > 40
