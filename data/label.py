@@ -272,7 +272,7 @@ def ask_text(row: dict) -> dict | str:
 
 def ask_person(cfg: Label) -> None:
     """A person writes demonstrations, ranks completions, or compares two models."""
-    if cfg.by.endswith(".pt") or cfg.write and cfg.blind:
+    if cfg.by.endswith(".pt") or (cfg.write and cfg.blind):
         raise UserError("--write and --blind are for people, and one at a time")
     data = Path(cfg.data)
     split = "_valid" if cfg.valid else ""  # what is held out stays held out

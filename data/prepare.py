@@ -167,7 +167,8 @@ def find_prompt(row: dict, openings: dict, args, seen: Counter) -> str:
         raise ValueError(f"input should be beside instruction; it holds {row['input']!a:.60}")
     dialogue = next(iter(openings.values()), [])
     first = [turn for turn in dialogue if turn.startswith(HUMAN)][:1]
-    for field in filter(row.__contains__, ASKED):
+    asked = [field for field in ASKED if field in row]
+    for field in asked:
         turns = read_turns(field, row[field], "Human", args, seen)
         if turns[-1:] == [CUE]:
             turns.pop()
@@ -189,7 +190,7 @@ def shown(row: dict, answers: dict, seen: Counter) -> list[str]:
     if len(texts) > 1 or "" in texts:
         raise ValueError(f"{' and '.join(answers)} should have one answer that is not blank")
     label = str(row.get("label", True)).lower()
-    if label not in LABELS or "label" in row and not texts:
+    if label not in LABELS or ("label" in row and not texts):
         raise ValueError(f"label should be a completion's true or false, not {label!a:.60}")
     if not LABELS[label]:
         seen["answers labelled false, of which only the prompt is used"] += 1
@@ -250,9 +251,10 @@ def sources(args) -> list[Path]:
     """All files that are named, or else downloaded."""
     files = []
     for path in args.files:
-        inside = filter(Path.is_file, sorted(path.rglob("*")))
-        files += [file for file in inside if not NO_DATA.search(f"{file.relative_to(path)}")]
-        if not path.is_dir():
+        if path.is_dir():
+            inside = [file for file in sorted(path.rglob("*")) if file.is_file()]
+            files += [file for file in inside if not NO_DATA.search(str(file.relative_to(path)))]
+        else:
             files.append(path)
     if not args.files:
         for address, start in DOWNLOADS[args.name].items():
@@ -316,6 +318,7 @@ def read(args, notes: Counter) -> tuple[dict, set]:
     found = {"pretrain": [], "sft": [], "comparisons": [], "prompts": []}
     openings = set()
     refused = []
+    understand = {"oasst": oasst}.get(args.name, mine)
     for path in files:
         before = len(refused)
         used = 0
@@ -324,7 +327,7 @@ def read(args, notes: Counter) -> tuple[dict, set]:
             try:
                 if isinstance(value, str):
                     value = parse(value)
-                rows = (oasst if args.name == "oasst" else mine)(value, args, seen)
+                rows = understand(value, args, seen)
             except (ValueError, RecursionError) as error:
                 refused.append(f"{where}: {error}")
                 continue
