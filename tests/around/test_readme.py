@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 from pathlib import Path
@@ -125,3 +126,18 @@ def test_linked_files_exist(folder):
     links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text)
     for link in links + re.findall(r'src="(?!http)([^"]+)"', text):
         assert (folder / link).exists(), link
+
+def test_the_readmes_environment_is_one(tmp_path, monkeypatch, capsys):
+    """The block of Python in the README writes a data set that the stages train on."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    code, = re.findall("```python\n(.*?)```", text, re.S)
+    (tmp_path / "sums.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path("sums.py", run_name="__main__")
+    more = ["--data", "out/sums", "--out", "out", "--gold", str(tmp_path / "sums.py")]
+    monkeypatch.setitem(rlhf.PRESETS, "fable", dict(block_size=64, n_layer=1, n_head=1, n_embd=8))
+    for flags in ("pretrain --steps 2", "sft --batch_size 2000 --epochs 1",
+                  "rm --batch_size 2000 --epochs 1", "ppo --init sft --iterations 1 --window 64"):
+        rlhf.main([*flags.split(), *more, "--max_new_tokens", "8"])
+    rlhf.main(["evaluate", *more, "--models", "gpt,sft,ppo_ptx", "--max_new_tokens", "8"])
+    assert "| right | short | RM score |" in capsys.readouterr().out
