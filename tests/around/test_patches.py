@@ -1,0 +1,59 @@
+"""The patches say what they are; and the stages of the one that CI has applied run."""
+
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import rlhf
+import torch
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "patches"))
+
+from run import PATCHES, header  # noqa: E402
+
+FLAGS = {
+    "ppo": "--iterations 2 --rollout_size 8 --minibatch_size 4 --window 12",
+    "sft": "--epochs 1 --window 12", "evaluate": "--models gpt,sft"
+}
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_a_patch_says_what_it_is(name):
+    """Its stages exist, and the test that a bug names; the README has a row for it."""
+    patch = PATCHES[name]
+    fields = header(patch)
+    for stage in fields["Stages"].split(", "):
+        assert stage.split()[0] in rlhf.STAGES
+    if patch.parent.name == "bugs":
+        file, test = fields["Test"].split("::")
+        assert f"\ndef {test}(" in (ROOT / file).read_text()
+    else:
+        assert fields["Source"]
+    readme = (ROOT / "patches/README.md").read_text()
+    assert len(re.findall(rf"^\| \[{name}\]\({patch.parent.name}/{name}.patch\) \|", readme, re.M)) == 1
+
+def test_the_stages_of_the_applied_patch_run(project, monkeypatch):
+    """Plain PPO, where none is applied. Whatever is logged or saved is finite."""
+    stages = ["ppo"]
+    if os.environ.get("PATCH"):
+        fields = header(Path(os.environ["PATCH"]))
+        stages = fields["Stages"].split(", ")
+        stages[-1] += " " + fields.get("Flags", "")
+    monkeypatch.setattr(rlhf, "tune_cpu", lambda: None)
+    shutil.copy(project / "out/sft.pt", project / "out/sft0.pt")
+    places = ["--data", f"{project}/data", "--out", f"{project}/out", "--max_new_tokens", "5",
+              "--gold", f"{project}/data/gold.py", "--device", "cpu"]
+    for stage in stages:
+        name, *flags = stage.split()
+        rlhf.main([name, *places, *FLAGS.get(name, "").split(), *flags])
+    for log in project.glob("out/*/metrics.jsonl"):
+        for line in log.read_text().splitlines():
+            assert all(map(math.isfinite, json.loads(line).values()))
+    for path in project.glob("out/*.pt"):
+        weights = torch.load(path, weights_only=True)["model"]
+        assert all(weight.isfinite().all() for weight in weights.values())
