@@ -10,6 +10,7 @@ of the equations; and its stages have to run, and to resume, in the tests' small
 import io
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -27,9 +28,9 @@ tests/around/test_patches.py::test_the_stages_of_the_applied_patch_run
 tests/test_ppo.py::test_the_same_step_is_the_same_whoever_starts_it"""  # what variants have to pass
 
 def changed_lines(patch: Path) -> int:
-    command = ["git", "apply", "--numstat", patch]
-    counts = subprocess.run(command, check=True, capture_output=True).stdout
-    return sum(int(word) for word in counts.split() if word.isdigit())
+    """Lines added and lines removed."""
+    diff = patch.read_text(encoding="utf-8").partition("\ndiff --git")[2]
+    return len(re.findall(r"^[+-](?!\+\+ |-- )", diff, re.M))
 
 def run_tests(patch: Path | None, tests: str) -> tuple[int, str]:
     """pytest's exit code, and what it printed, in a copy of the code with the patch."""

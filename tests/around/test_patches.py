@@ -15,7 +15,10 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "patches"))
 
+from check import changed_lines  # noqa: E402
 from run import PATCHES, header  # noqa: E402
+
+README = (ROOT / "patches/README.md").read_text(encoding="utf-8")
 
 FLAGS = {
     "ppo": "--iterations 2 --rollout_size 8 --minibatch_size 4 --window 12",
@@ -24,7 +27,7 @@ FLAGS = {
 
 @pytest.mark.parametrize("name", PATCHES)
 def test_a_patch_says_what_it_is(name):
-    """Its stages exist, and the test that a bug names; the README has a row for it."""
+    """Its stages exist, and the test that a bug names; the README has its row."""
     patch = PATCHES[name]
     fields = header(patch)
     for stage in fields["Stages"].split(", "):
@@ -34,8 +37,13 @@ def test_a_patch_says_what_it_is(name):
         assert f"\ndef {test}(" in (ROOT / file).read_text()
     else:
         assert fields["Source"]
-    readme = (ROOT / "patches/README.md").read_text()
-    assert len(re.findall(rf"^\| \[{name}\]\({patch.parent.name}/{name}.patch\) \|", readme, re.M)) == 1
+    title = patch.read_text().splitlines()[0].rstrip(".")
+    link = f"[{name}]({patch.parent.name}/{patch.name})"
+    assert README.count(f"\n| {link} | {title} | {changed_lines(patch)} |") == 1
+
+def test_links_of_the_readme():
+    for link in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / "patches" / link).exists(), link
 
 def test_the_stages_of_the_applied_patch_run(project, monkeypatch):
     """Plain PPO, where none is applied. Whatever is logged or saved is finite."""
