@@ -52,7 +52,6 @@ def test_the_stages_of_the_applied_patch_run(project, monkeypatch):
         fields = header(Path(os.environ["PATCH"]))
         stages = fields["Stages"].split(", ")
         stages[-1] += " " + fields.get("Flags", "")
-    monkeypatch.setattr(rlhf, "tune_cpu", lambda: None)
     shutil.copy(project / "out/sft.pt", project / "out/sft0.pt")
     places = ["--data", f"{project}/data", "--out", f"{project}/out", "--max_new_tokens", "5",
               "--gold", f"{project}/data/gold.py", "--device", "cpu"]
