@@ -744,8 +744,8 @@ def ppo(cfg: PPO) -> None:
                     values[indices, :width] = value(tokens[:, :-1])
         all_sum(scores, logprobs, ref_logprobs, values)
 
-        # 3. Rewards per token, eq. (3); advantages and returns, eq. (4); whitened advantages. Not
-        #    to end is never an advantage: without EOS, the score can only be lowered.
+        # 3. Rewards per token, eq. (3); advantages and returns, eq. (4); whitened advantages. To
+        #    leave out EOS never pays: without it, the score can only be lowered.
         raw_scores = scores
         ended = torch.tensor([response[-1] == eos for response in responses], device=cfg.device)
         scores = torch.where(ended, scores, scores.clamp(max=cfg.missing_eos_score))
@@ -785,7 +785,7 @@ def ppo(cfg: PPO) -> None:
         metrics = {key: float(np.mean([stats[key] for stats in steps])) for key in steps[0]}
         kl = ((logprobs - ref_logprobs) * mask).sum(1)
         metrics["objective/scores"] = scores.mean().item()
-        metrics["objective/raw_scores"] = raw_scores.mean().item()  # as they were without EOS
+        metrics["objective/raw_scores"] = raw_scores.mean().item()  # before that rule
         metrics["objective/kl"] = kl.mean().item()
         metrics["objective/rlhf_reward"] = (scores - cfg.kl_coef * kl).mean().item()
         metrics["objective/entropy"] = -logprobs.sum(1).mean().item()
