@@ -62,7 +62,7 @@ def run_stages(code: Path, stages: list[str], out: Path, args) -> dict:
     """
     judge = code
     if "evaluate" not in stages[-1]:  # else evaluation is what the patch is about
-        stages = stages + ["evaluate"]
+        stages = stages + ["evaluate --samples 4"]
         judge = ROOT
     for stage in stages:
         name, *flags = stage.split()
@@ -84,7 +84,7 @@ def run_stages(code: Path, stages: list[str], out: Path, args) -> dict:
     evaluated = json.loads((out / "evaluate.json").read_text())
     found = evaluated["table"][model]
     if model in evaluated["gold"]:
-        found["gold"] = mean(evaluated["gold"][model])
+        found["gold"] = mean(map(mean, evaluated["gold"][model]))  # over samples and prompts
     for key, own in values.items():
         found[key] = mean(own[-10:])
     return {key: round(value, 4) for key, value in found.items()}
@@ -102,7 +102,7 @@ def report(name: str, args) -> None:
     moved = {}
     for key in before.keys() & after.keys():
         if key not in COLUMNS and not key.endswith((":step", ":seconds")):
-            moved[key] = abs(after[key] / (before[key] or 1) - 1)
+            moved[key] = abs(after[key] - before[key]) / abs(before[key] or 1)
     row = f"| {name} | seed {args.seed} | {after.get('stopped', 'ran')} |"
     for key in COLUMNS + sorted(moved, key=moved.get, reverse=True)[:8]:
         row += f" {key} {before.get(key)} -> {after.get(key)} |"

@@ -45,7 +45,7 @@ def test_links_of_the_readme():
     for link in re.findall(r"\]\(([^)]+)\)", README):
         assert (ROOT / "patches" / link).exists(), link
 
-def test_the_stages_of_the_applied_patch_run(project, monkeypatch):
+def test_the_stages_of_the_applied_patch_run(project):
     """Plain PPO, where none is applied. Whatever is logged or saved is finite."""
     stages = ["ppo"]
     if os.environ.get("PATCH"):
