@@ -13,7 +13,8 @@ import rlhf
 from conftest import ROOT
 from data import gpt2, label, prepare
 
-READMES = [path for path in (ROOT, ROOT / "data", ROOT / "tests") if (path / "README.md").exists()]
+FOLDERS = (ROOT, ROOT / "data", ROOT / "tests", ROOT / "patches")
+READMES = [path for path in FOLDERS if (path / "README.md").exists()]
 MAINS = {"rlhf.py": rlhf.main, "data/prepare.py": prepare.main, "data/label.py": label.main,
          "data/gpt2.py": gpt2.main, "tests/bench.py": bench.main}
 COMMAND = re.compile(r'(?:\w+=(?:"[^"]*"|\S+) )*(?:python3? |\./)\S.*')
