@@ -37,8 +37,7 @@ class KVCache:
     """Keys and values of the tokens read so far, so that each is computed only once.
 
     The prompts are read first, padded to one width; then all rows write to the same column. A
-    short prompt leaves a gap of padding before its response, which `mask` hides from
-    attention.
+    short prompt leaves a gap of padding before its response, which `mask` hides from attention.
     """
     def __init__(self, prompt_lens, width, max_new_tokens):
         columns = torch.arange(width + max_new_tokens, device=prompt_lens.device)
@@ -55,9 +54,7 @@ class KVCache:
         self.mask.index_fill_(3, self.column, True)
 
     def append(self, layer, keys_values):
-        """Store (2, B, H, T, D) of the prompts or of one token; returns what to read, and a
-        mask.
-        """
+        """Store (2, B, H, T, D) of the prompts or of one token; what to read, and a mask."""
         if layer not in self.layers:  # the prompts, which attention reads causally, with no mask
             self.layers[layer] = F.pad(keys_values, (0, 0, 0, self.max_new_tokens))
             return keys_values, None
@@ -151,8 +148,7 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def unembed(self, states: Tensor) -> Tensor:
-        """States (..., C) -> logits (..., V). Separate, since few columns need their
-        logits."""
+        """States (..., C) -> logits (..., V). Separate, since few columns need them."""
         return F.linear(states, self.wte.weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -161,8 +157,7 @@ class GPT(nn.Module):
 class ScalarModel(nn.Module):
     """A GPT with a scalar head in place of its unembedding: tokens (B, T) -> (B, T), float32.
 
-    The head starts from N(0, 1 / (C + 1)), as in OpenAI's code of 2019; InstructGPT does not
-    say.
+    The head starts from N(0, 1 / (C + 1)), as in OpenAI's code of 2019 (the paper is silent).
     """
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -179,21 +174,17 @@ class ScalarModel(nn.Module):
             return self.head(states.float()).squeeze(-1)
 
 def pad_right(rows, device="cpu"):
-    """Lists of token ids -> tokens (B, T) and lens (B,). The padding may be anything; it is
-    0.
-    """
+    """Lists of token ids -> tokens (B, T), padded with 0 (or any other token), and lens (B,)."""
     lens = torch.tensor([len(row) for row in rows])
     tensors = [torch.as_tensor(row, dtype=torch.long) for row in rows]
     tokens = nn.utils.rnn.pad_sequence(tensors, batch_first=True)
     return tokens.to(device), lens.to(device)
 
 def sample(logits: Tensor, temperature: float = 1.0):
-    """Draw a token per row from softmax(logits / temperature): (B, V) -> tokens, logprobs
-    (B,).
+    """Draw tokens from softmax(logits / temperature): (B, V) -> tokens (B,), logprobs (B,).
 
-    There is no top-k and no top-p: sampling must match the distribution we score. To look up
-    one uniform number in the cumulative distribution is faster than torch.multinomial, which
-    draws V.
+    There is no top-k and no top-p: sampling must match the distribution we score. Looking up one
+    uniform number in the cumulative distribution is faster than torch.multinomial, which draws V.
     """
     if temperature == 0:  # all probability is on the likeliest token
         token = logits.argmax(-1)
@@ -258,8 +249,7 @@ def respond(model, prompts, max_new_tokens, eos, temperature=1.0):
     return sampled
 
 def generate(model, prompts, max_new_tokens, eos, temperature=1.0):
-    """The rows as tensors: tokens (B, T), prompt_lens (B,) and total_lens (B,), EOS
-    included."""
+    """The rows as tensors: tokens (B, T), prompt_lens (B,), total_lens (B,), EOS included."""
     rows = []
     for prompt, (ids, _) in zip(prompts, respond(model, prompts, max_new_tokens, eos, temperature)):
         rows.append(prompt + ids)

@@ -544,8 +544,7 @@ class Ranked(NamedTuple):
 
 def ranked_passes(rankings: list[Ranking], cfg: Settings) -> list[Ranked]:
     """This process's rankings, divided so that about microbatch_size completions have a
-    gradient at a time; those of a prompt stay together.
-    """
+    gradient at a time; those of a prompt stay together."""
     passes = []
     prompts = max(1, cfg.microbatch_size // 9)  # the paper's labelers ranked at most 9 (3.5)
     for part in chunks(share(rankings), prompts):
@@ -1225,9 +1224,7 @@ def describe(metrics: dict[str, float]) -> str:
 source_of = cache(inspect.getsource)  # which parses the whole file each time
 
 def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
-    """A flag for every field of a settings class, with the comment beside the field as its
-    help.
-    """
+    """A flag for every field of a settings class; the comment beside the field is its help."""
     comments = {}
     for ancestor in reversed(settings.__mro__[:-1]):
         found = re.findall(r"^    (\w+): .*?  # (.*)$", source_of(ancestor), re.M)
