@@ -601,7 +601,7 @@ def reply(rng, row, character):
     return demonstrate(row, rng, care=0.0)
 
 
-# Puzzles, (prompt, completion), are solved by looking back. The pretraining text has no `stops`.
+# Puzzles, (prompt, completion), are solved by looking back. The pretraining text has no `places`.
 NOUNS = CLASSES["thing"] + CLASSES["place"] + CLASSES["animal"]
 
 
@@ -610,19 +610,19 @@ def copying(rng):
     return "Copy:" + f" {line};" * rng.randint(1, 3), f" {line}."
 
 
-def lookup(rng, separator=","):
-    things = rng.sample(CLASSES["thing"], 4)
-    pairs = [f" {animal} {things.pop()}" for animal in rng.sample(CLASSES["animal"], 4)]
+def lookup(rng, name="thing"):
+    others = rng.sample(CLASSES[name], 4)
+    pairs = [f" {animal} {others.pop()}" for animal in rng.sample(CLASSES["animal"], 4)]
     pairs += rng.choices(pairs, k=rng.randint(3, 6))
-    prompt, thing = separator.join(pairs).rsplit(" ", 1)
-    return "Pairs:" + prompt, f" {thing}"
+    prompt, other = ",".join(pairs).rsplit(" ", 1)
+    return "Pairs:" + prompt, f" {other}"
 
 
-def stops(rng):
-    return lookup(rng, separator=".")
+def places(rng):
+    return lookup(rng, "place")
 
 
-PUZZLES = {"copying": copying, "lookup": lookup, "stops": stops}
+PUZZLES = {"copying": copying, "lookup": lookup, "places": places}
 WEB = {
     story_document: 34, fact_document: 17, quiz_document: 18,
     dialogue_document: 12, rude_document: 3, copying: 9, lookup: 9,
