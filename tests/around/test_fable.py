@@ -111,7 +111,7 @@ def test_one_format_is_not_in_the_pretraining_text(files):
     pairs = re.compile(rf"Pairs:( \w+ ({places}),){{4}}")
     assert all(pairs.match(fable.places(Random(seed))[0]) for seed in range(20))
     text = files["pretrain.txt"] + files["pretrain_valid.txt"]
-    assert not re.search(rf"Pairs:.*({places})\b", text)
+    assert not re.search(rf"Pairs:[^<]*({places})\b", text)
     assert text.count("Copy:") > 100 < text.count("Pairs:")
 
 
