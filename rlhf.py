@@ -361,7 +361,7 @@ class SFT(Training):
     batch_size: int = 32  # demonstrations per step (paper: 32; 175B: 8)
     learning_rate: float = 5e-4  # peak, cosine to 10 % (paper: 9.65e-6; 175B: 5.03e-6)
     dropout: float = 0.2  # on the residual branches (paper: 0.2)
-    pretrain_fraction: float = 0.0  # share of pretraining text (paper, for PPO: 0.1)
+    pretrain_fraction: float = 0.0  # share of rows that are raw text (paper, for PPO: 0.1)
     window: int = 256  # longest such row, in tokens (paper: not stated)
     reward_model: str = ""  # keep the epoch whose samples it prefers; else the last
 
@@ -388,7 +388,7 @@ class PPO(Training):
     epochs: int = 1  # passes over a rollout (paper: 1)
     learning_rate: float = 3e-4  # of the policy, after a warmup from a tenth (paper: swept)
     value_learning_rate: float = 5e-4  # of the value network (paper: 9e-6, no warmup)
-    kl_coef: float = 0.04  # beta (paper: 0.02)
+    kl_coef: float = 0.16  # beta (paper: 0.02)
     ptx_coef: float = 0.5  # gamma; 0 is plain PPO (paper: 27.8, of unknown scale)
     ptx_ratio: float = 1.0  # rows of pretraining text per episode (paper: 8)
     window: int = 256  # longest such row, in tokens (paper: not stated)
@@ -509,7 +509,7 @@ def sft(cfg: SFT) -> None:
         reward_model = load(cfg, cfg.reward_model, ScalarModel)
         longest = longest_prompt([model, reward_model], cfg)
         prompts = read_prompts(data / "sft_valid.jsonl", tokenizer, longest)
-        prompts = [record["prompt_ids"] for record in prompts]
+        prompts = [record["prompt_ids"] for record in prompts] * 4  # for a mean of less noise
     steps_per_epoch = math.ceil(len(examples) / cfg.batch_size)
     total = cfg.epochs * steps_per_epoch
     optimizer = adam(model)
@@ -1237,7 +1237,9 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
             options["action"] = argparse.BooleanOptionalAction
         elif kind in (int, float):
             options["type"] = kind
-        parser.add_argument(f"--{field.name}", choices=CHOICES.get(field.name), **options)
+        if field.name in CHOICES:
+            options["choices"] = CHOICES[field.name]
+        parser.add_argument(f"--{field.name}", **options)
 
 def settle(cfg: Settings) -> None:
     """Refuse numbers that make no sense, and decide what "auto" means on this machine."""

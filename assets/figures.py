@@ -2,7 +2,9 @@
 
     python assets/figures.py out out/seed2 out/seed3
 
-A line is the mean over the runs, the band around it their range. Needs matplotlib, as nothing else.
+A line is the mean over the runs, the band around it their range, both of the running mean over five
+iterations. Logs are of the raw weights, not of the average that is saved. Needs matplotlib, as
+nothing else does.
 """
 
 import json
@@ -44,18 +46,19 @@ def panel(axis, outs: list[Path], key: str, title: str, running: bool = True) ->
 
 
 def training(outs: list[Path]):
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), layout="constrained")
-    panel(axes[0], outs, "objective/scores", "reward model's score (the proxy)")
-    panel(axes[1], outs, "objective/gold", "gold score (nobody is trained on it)")
-    panel(axes[2], outs, "objective/kl", "KL from the reference, nats a response")
-    panel(axes[3], outs, "heldout/loss", "loss on held-out pretraining text", running=False)
-    axes[0].legend(frameon=False)
+    figure, axes = plt.subplots(2, 2, figsize=(8, 5.6), layout="constrained")
+    panel(axes[0, 0], outs, "objective/scores", "reward model's score (the proxy)")
+    panel(axes[0, 1], outs, "objective/gold", "gold score (nobody is trained on it)")
+    panel(axes[1, 0], outs, "objective/kl", "KL from the reference, nats a response")
+    panel(axes[1, 1], outs, "heldout/loss", "loss on held-out pretraining text", running=False)
+    axes[0, 0].legend(frameon=False)
     return figure
 
 
 def proxy_and_gold(outs: list[Path]):
     """Both scores, as gains over the start, along the square root of the KL."""
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(
+        1, 2, figsize=(8, 3.4), layout="constrained", sharex=True, sharey=True)
     for axis, (run, (label, colour)) in zip(axes, RUNS.items()):
         root = np.sqrt(smooth(curve(outs, run, "objective/kl")[1]).clip(0))
         for key, style in (("objective/scores", "--"), ("objective/gold", "-")):
@@ -71,7 +74,7 @@ def proxy_and_gold(outs: list[Path]):
 def main() -> None:
     outs = [Path(name) for name in sys.argv[1:] or ["out"]]
     for name, draw in (("training", training), ("gold_and_proxy", proxy_and_gold)):
-        draw(outs).savefig(Path(__file__).parent / f"{name}.png", dpi=110)
+        draw(outs).savefig(Path(__file__).parent / f"{name}.png", dpi=100)
 
 
 if __name__ == "__main__":

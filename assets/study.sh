@@ -15,7 +15,7 @@ evaluate() { python3 rlhf.py evaluate "${run[@]}" --prompts prompts_test.jsonl -
 train dpo
 models+=,dpo
 if [ -n "${ABLATIONS:-}" ]; then
-    for kl in 0 0.01 0.16 0.64; do # Figure 34 of the paper: no KL coefficient cures the tax
+    for kl in 0 0.01 0.04 0.64; do # Figure 34 of the paper: no KL coefficient cures the tax
         train ppo --name "kl_$kl" --kl_coef $kl --ptx_coef 0
         train ppo --name "ptx_kl_$kl" --kl_coef $kl
         models+=,kl_$kl,ptx_kl_$kl

@@ -301,7 +301,7 @@ def ask_person(cfg: Label) -> None:
     answers = collect(to, rows, own, ask)
     if cfg.blind and answers:
         ranks = np.array([answer["ranks"] for answer in answers])
-        share, margin = rlhf.win_rate(-ranks[:, 0], -ranks[:, 1])
+        share, margin = rlhf.win_rate(-ranks.T[:1], -ranks.T[1:])
         two = " is preferred to ".join(cfg.blind)
         print(f"{two} on {share:.1%} ± {margin:.1%} of {len(ranks)} prompts (95 % interval)")
 

@@ -264,7 +264,7 @@ def test_blind_counts_for_the_better_model(folder, type_in, fixed):
     for i in range(5):  # one question a session: the screen says which answer is b's
         number = next(n for n, text in shown(output)[-1].items() if text == "from b")
         output = type_in("--blind a b", "=" if i == 4 else number, "quit")
-    assert f"a is preferred to b on 10.0% ± {1.96 * 0.2 / 5**0.5:.1%} of 5 prompts" in output
+    assert f"a is preferred to b on 10.0% ± {1.96 * 0.2 / 4**0.5:.1%} of 5 prompts" in output
     assert read_jsonl(folder / "blind.jsonl")[4]["models"] == f"{folder}/a.pt,{folder}/b.pt"
 
 def test_a_reward_model_ranks_by_its_score(folder, type_in, fixed):
