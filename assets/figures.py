@@ -1,4 +1,4 @@
-"""Draw the README's figures from the logs of finished runs.
+"""Draw the README's figure from the logs of finished runs.
 
     python assets/figures.py out out/seed2 out/seed3
 
@@ -55,26 +55,9 @@ def training(outs: list[Path]):
     return figure
 
 
-def proxy_and_gold(outs: list[Path]):
-    """Both scores, as gains over the start, along the square root of the KL."""
-    figure, axes = plt.subplots(
-        1, 2, figsize=(8, 3.4), layout="constrained", sharex=True, sharey=True)
-    for axis, (run, (label, colour)) in zip(axes, RUNS.items()):
-        root = np.sqrt(smooth(curve(outs, run, "objective/kl")[1]).clip(0))
-        for key, style in (("objective/scores", "--"), ("objective/gold", "-")):
-            values = smooth(curve(outs, run, key)[1])
-            for x, y in zip(root, values - values[:, :1]):
-                axis.plot(x, y, style, color=colour, alpha=0.8)
-        axis.set(title=f"{label}: gold (solid), proxy (dashed)", xlabel="square root of the KL")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("gain over the start")
-    return figure
-
-
 def main() -> None:
     outs = [Path(name) for name in sys.argv[1:] or ["out"]]
-    for name, draw in (("training", training), ("gold_and_proxy", proxy_and_gold)):
-        draw(outs).savefig(Path(__file__).parent / f"{name}.png", dpi=100)
+    training(outs).savefig(Path(__file__).parent / "training.png", dpi=100)
 
 
 if __name__ == "__main__":
