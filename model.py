@@ -85,7 +85,8 @@ class Attention(nn.Module):
         mask = None
         q, k, v = qkv
         if cache is not None:
-            (k, v), mask = cache.append(layer, qkv[1:])
+            keys_values, mask = cache.append(layer, qkv[1:])
+            k, v = keys_values
         with torch.autocast("cpu", enabled=False):
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
@@ -221,7 +222,7 @@ def respond(model, prompts, max_new_tokens, eos, temperature=1.0):
     logprobs = torch.zeros(responses.shape, device=tokens.device)
     cache = KVCache(lens, tokens.size(1), max_new_tokens)
     states = model.hidden(tokens, cache)[rows, lens - 1]
-    going = rows >= 0
+    going = torch.ones_like(rows, dtype=torch.bool)
 
     def step(token):
         return model.hidden(token[:, None], cache)[:, 0]
@@ -236,7 +237,7 @@ def respond(model, prompts, max_new_tokens, eos, temperature=1.0):
             cache.keep(going)
             rows = rows[going]
             token = token[going]
-            going = going[going]
+            going = torch.ones_like(rows, dtype=torch.bool)
         cache.next_token()
         if tokens.is_cuda and i == 0:
             step = recorded(step, token.clone())
@@ -251,7 +252,8 @@ def respond(model, prompts, max_new_tokens, eos, temperature=1.0):
 def generate(model, prompts, max_new_tokens, eos, temperature=1.0):
     """The rows as tensors: tokens (B, T), prompt_lens (B,), total_lens (B,), EOS included."""
     rows = []
-    for prompt, (ids, _) in zip(prompts, respond(model, prompts, max_new_tokens, eos, temperature)):
+    sampled = respond(model, prompts, max_new_tokens, eos, temperature)
+    for prompt, (ids, _) in zip(prompts, sampled):
         rows.append(prompt + ids)
     tokens, total_lens = pad_right(rows, model.wte.weight.device)
     prompt_lens = torch.tensor([len(prompt) for prompt in prompts], device=tokens.device)

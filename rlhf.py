@@ -369,7 +369,7 @@ class SFT(Training):
 class RM(Training):
     """Step 2 (C.2)."""
     name: str = "rm"  # name of the run, its checkpoint and its log
-    init: str = "sft"  # policy to start from; a scalar head replaces its unembedding
+    init: str = "sft"  # policy to start from, with a scalar head (paper: 6B, tuned on NLP tasks)
     epochs: int = 2  # passes over the comparisons (paper: 1, over five times as many)
     batch_size: int = 8  # prompts per step, with all their pairs (paper: 64)
     microbatch_size: int = 72  # rows per forward pass; only bounds the memory
@@ -508,8 +508,8 @@ def sft(cfg: SFT) -> None:
     if cfg.reward_model:
         reward_model = load(cfg, cfg.reward_model, ScalarModel)
         longest = longest_prompt([model, reward_model], cfg)
-        prompts = read_prompts(data / "sft_valid.jsonl", tokenizer, longest)
-        prompts = [record["prompt_ids"] for record in prompts] * 4  # for a mean of less noise
+        records = read_prompts(data / "sft_valid.jsonl", tokenizer, longest)
+        prompts = [record["prompt_ids"] for record in records] * 4  # for a mean of less noise
     steps_per_epoch = math.ceil(len(examples) / cfg.batch_size)
     total = cfg.epochs * steps_per_epoch
     optimizer = adam(model)
@@ -718,7 +718,11 @@ def ppo(cfg: PPO) -> None:
         batch = batch_at(records, cfg.rollout_size, iteration, cfg.seed)
         prompts = [record["prompt_ids"] for record in batch]
         sampled = sample_responses(policy, prompts, eos, cfg.max_new_tokens)
-        responses = [response for response, _ in sampled]
+        responses = []
+        logprobs_when_sampled = []
+        for response, own_logprobs in sampled:
+            responses.append(response)
+            logprobs_when_sampled += own_logprobs
         texts = [decode(tokenizer, response) for response in responses]
         examples = behind(prompts, responses)
         _, mask, total_lens = pad_examples(examples, cfg.device)
@@ -735,9 +739,10 @@ def ppo(cfg: PPO) -> None:
             for indices in microbatches(minibatch, lengths, cfg):
                 tokens, some_mask, lens = pad_examples([examples[i] for i in indices], cfg.device)
                 width = some_mask.size(1)
+                some_prompts = [batch[i]["prompt"] for i in indices]
+                some_texts = [texts[i] for i in indices]
                 with torch.no_grad():
-                    scores[indices] = reward([batch[i]["prompt"] for i in indices],
-                                             [texts[i] for i in indices], tokens, lens)
+                    scores[indices] = reward(some_prompts, some_texts, tokens, lens)
                     logprobs[indices, :width] = token_logprobs(policy, tokens, some_mask)
                     ref_logprobs[indices, :width] = token_logprobs(ref, tokens, some_mask)
                     values[indices, :width] = value(tokens[:, :-1])
@@ -781,7 +786,9 @@ def ppo(cfg: PPO) -> None:
 
         # 5. Log. KL and entropy are sums over a response in nats, estimated from the samples: a
         #    sampled KL can be negative, its expectation cannot.
-        metrics = {key: float(np.mean([stats[key] for stats in steps])) for key in steps[0]}
+        metrics = {}
+        for key in steps[0]:
+            metrics[key] = float(np.mean([stats[key] for stats in steps]))
         kl = ((logprobs - ref_logprobs) * mask).sum(1)
         metrics["objective/scores"] = scores.mean().item()
         metrics["objective/raw_scores"] = raw_scores.mean().item()  # before that rule
@@ -792,7 +799,7 @@ def ppo(cfg: PPO) -> None:
         metrics["response_length"] = mask.sum(1).mean().item()
         metrics["learning_rate"] = cfg.learning_rate * warmup
         metrics["value_learning_rate"] = cfg.value_learning_rate * warmup
-        when_sampled = torch.tensor([x for _, own in sampled for x in own], device=cfg.device)
+        when_sampled = torch.tensor(logprobs_when_sampled, device=cfg.device)
         metrics["sampler_gap"] = (when_sampled - logprobs[mask > 0]).abs().max().item()
         variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask).item()
         if variance > 0:
@@ -859,19 +866,18 @@ def dpo(cfg: DPO) -> None:
     run = Run(cfg, total, files, [policy, optimizer])
     for step in run.steps():
         batch = batch_at(rankings, cfg.batch_size, step, cfg.seed)
-        metrics = dpo_pass(policy, ref, batch, cfg)
+        metrics = dpo_pass(policy, ref, batch, cfg, train=True)
         learning_rate = cfg.learning_rate * schedule(step, total, warmup=0.1)
         metrics["grad_norm"] = update(policy, optimizer, learning_rate)
         if (step + 1) % steps_per_epoch == 0:
-            with torch.no_grad():
-                found = dpo_pass(policy, ref, valid, cfg)
+            found = dpo_pass(policy, ref, valid, cfg, train=False)
             metrics |= {f"valid/{key}": value for key, value in found.items()}
             tqdm.write(describe(metrics))
         run.log(metrics, "loss", "accuracy")
     run.finish(policy)
 
-def dpo_pass(policy: GPT, ref: GPT, rankings: list[Ranking], cfg: DPO) -> dict[str, float]:
-    """DPO's loss on the rankings, in nats a pair; accumulates its gradient if there are any.
+def dpo_pass(policy, ref, rankings: list[Ranking], cfg: DPO, train: bool) -> dict[str, float]:
+    """DPO's loss on the rankings, in nats a pair; accumulates its gradient in training.
 
     Also returns means over pairs: how often the winner has the higher reward and by how much,
     and the winner's log-probability, which falls if DPO goes wrong.
@@ -883,13 +889,14 @@ def dpo_pass(policy: GPT, ref: GPT, rankings: list[Ranking], cfg: DPO) -> dict[s
         lengths = [len(example.ids) for example in ranked.examples]
         for indices in by_length(range(len(lengths)), lengths, cfg.microbatch_size, cfg.device):
             tokens, mask, _ = pad_examples([ranked.examples[i] for i in indices], cfg.device)
-            logprobs = token_logprobs(policy, tokens, mask)
+            with torch.set_grad_enabled(train):
+                logprobs = token_logprobs(policy, tokens, mask)
             with torch.no_grad():
                 ref_logprobs = token_logprobs(ref, tokens, mask)
             rewards[indices] = implicit_rewards(logprobs, ref_logprobs, mask, cfg.beta)
             chosen[indices] = logprobs.detach().sum(1)
         loss = pairwise_loss(rewards, ranked.ranks, ranked.groups, untied(rankings))
-        if loss.requires_grad:
+        if train:
             loss.backward()
         winner, loser = preferences(ranked.ranks, ranked.groups)
         margins = (rewards[winner] - rewards[loser]).detach()

@@ -242,7 +242,9 @@ def example(tokenizer, prompt: str, completion: str) -> Example:
     return Example(ids, len(prompt_ids))
 
 def without_long(path, items: list, lengths: list[int], longest: int) -> list:
-    """Leave out what is over `longest` tokens, as the paper does (C.4), and say how much."""
+    """Leave out what is over `longest` tokens, and say how much (our choice; the paper leaves out
+    prompts of over 1,000 tokens, appendix C).
+    """
     kept = [item for item, length in zip(items, lengths) if length <= longest]
     count = len(items) - len(kept)
     if not kept:

@@ -454,7 +454,7 @@ def main(words: list[str] | None = None) -> None:
     if args.name == "mine" and not args.files:
         parser.error("mine needs files: prepare.py mine FILE ...")
     args.data = args.data or Path("out", {"fable": "data"}.get(args.name, args.name))
-    args.ignore = set(args.ignore.split(","))
+    args.ignore = set(args.ignore.split(",")) - {""}
     args.skip_bad |= args.name != "mine"
     if args.name == "webtext":
         args.ignore |= {"id", "length", "ended"}
