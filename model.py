@@ -78,7 +78,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cache, layer):
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        D = C // self.n_head
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, D)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
         if x.is_cpu:  # where attention is slower in bfloat16
             qkv = qkv.float()
@@ -89,7 +90,8 @@ class Attention(nn.Module):
             k, v = keys_values
         with torch.autocast("cpu", enabled=False):
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.c_proj(y)
 
 class MLP(nn.Module):
     """Per-token network with hidden width 4C: (B, T, C) -> (B, T, C)."""
@@ -196,7 +198,8 @@ def sample(logits: Tensor, temperature: float = 1.0):
     uniform = total * torch.rand_like(total)
     token = torch.searchsorted(cumulative, uniform, right=True)
     token = token.clamp(max=logits.size(-1) - 1)  # rounding may put `uniform` at the very end
-    return token.squeeze(1), logprobs.gather(1, token).squeeze(1)
+    logprob = logprobs.gather(1, token)
+    return token.squeeze(1), logprob.squeeze(1)
 
 def recorded(step, token: Tensor):
     """Record step(token) as a CUDA graph, which launches its hundreds of kernels at once."""
