@@ -9,13 +9,12 @@ SEED=$seed OUT=$out RESUME=1 ./train.sh
 
 run=(--data "$out/data" --out "$out" --seed "$seed")
 train() { python3 rlhf.py "$1" "${run[@]}" --resume "${@:2}"; }
-models=gpt,gpt+fewshot,sft,ppo_init,ppo,ppo_raw,ppo_ptx,ppo_ptx_raw
-evaluate() { python3 rlhf.py evaluate "${run[@]}" --prompts prompts_test.jsonl --models "$models" "$@"; }
+evaluate() { python3 rlhf.py evaluate "${run[@]}" --prompts prompts_test.jsonl "$@"; }
 
 train dpo
-models+=,dpo
+models=gpt,gpt+fewshot,sft,ppo_init,dpo,ppo,ppo_ptx_raw
 if [ -n "${ABLATIONS:-}" ]; then
-    for kl in 0 0.01 0.04 0.64; do # Figure 34 of the paper: no KL coefficient cures the tax
+    for kl in 0 0.04 0.64; do # Figure 34 of the paper: no KL coefficient cures the tax
         train ppo --name "kl_$kl" --kl_coef $kl --ptx_coef 0
         train ppo --name "ptx_kl_$kl" --kl_coef $kl
         models+=,kl_$kl,ptx_kl_$kl
@@ -28,7 +27,7 @@ if [ -n "${ABLATIONS:-}" ]; then
         train dpo --name "dpo_$beta" --beta $beta
         models+=,dpo_$beta
     done
-    for count in 384 6144; do # over-optimisation (Gao et al. 2022): nothing but the proxy
+    for count in 384 3072; do # over-optimisation (Gao et al. 2022): nothing but the proxy
         few=$out/few$count
         mkdir -p "$few"
         cp "$out"/data/*.* "$few"
@@ -37,9 +36,14 @@ if [ -n "${ABLATIONS:-}" ]; then
         train ppo --name "over_$count" --reward_model "rm_$count" --kl_coef 0 --ptx_coef 0 \
             --learning_rate 1e-4 --iterations 200
     done
-    python3 assets/best_of_n.py --out "$out" > "$out/best_of_n.md"
 fi
-evaluate --name temperature_1.0 --samples 4
-evaluate --name temperature_0.7 --samples 4 --temperature 0.7
-evaluate --name greedy --temperature 0
-python3 assets/truth.py "$out" > "$out/truth.md"
+evaluate --name temperature_1.0 --models "$models,ppo_ptx" --samples 4
+evaluate --name temperature_0.7 --models gpt,gpt+fewshot,sft,ppo,dpo,ppo_ptx --temperature 0.7
+evaluate --name greedy --models gpt,sft,ppo_ptx --temperature 0
+
+patched=$out/best_of_n # what the reward model likes best of eight samples of PPO's start
+mkdir -p "$patched"
+cp -r rlhf.py model.py parallel.py data "$patched"
+(cd "$patched" && patch -s -p1) < patches/variants/best-of-n.patch
+python3 "$patched/rlhf.py" evaluate "${run[@]}" --prompts prompts_test.jsonl --name best_of_8 \
+    --models ppo_init --best_of 8

@@ -1,84 +1,277 @@
-"""Tables over several runs of `rlhf.py evaluate`, in Markdown, with what they are of.
+"""The numbers of README.md and study.md: tables over the runs of several seeds, in Markdown.
 
-    python assets/tables.py out out/seed2 out/seed3 --name evaluate
-    python assets/tables.py out --name greedy --show 3      # the first answers of each model
+    python assets/tables.py out/study/*                           what the models are worth, and to whom
+    python assets/tables.py out --name greedy --show 3            the first answers of each model
+    python assets/tables.py out --reward_model rm                 how often it is right, how sure it is
+    python assets/tables.py out --proxy over_384 over_3072        over-optimisation, with Gao's fit
 
-Spread over seeds is the sample standard deviation. Intervals are 95 % t-intervals over seeds; with
-one seed they are normal intervals over its prompts.
+Spread over seeds is the sample standard deviation. An interval is 95 %: over seeds, of Student's t,
+and over prompts, the mean of the seeds' normal ones. The scripted labelers' noise is known, and with
+it the true probability that a labeler prefers one answer to another.
 """
 
 import argparse
 import json
 import sys
+from collections import defaultdict
+from itertools import combinations
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # to find rlhf.py
-from data.files import read_jsonl  # noqa: E402
-from rlhf import win_rate  # noqa: E402
+import rlhf  # noqa: E402
+from data import fable, files  # noqa: E402
+from model import ScalarModel  # noqa: E402
 
 T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # 97.5 % points, from 1 df
+BINS = np.array([0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0])
+LABELERS = {"training labelers": fable.TRAIN_LABELERS, "other labelers": fable.HELDOUT_LABELERS}
+WITH_TEXT = ("rewrite", "summarization", "classification", "closed_qa", "extraction")
 
 
 def spread(values: list[float]) -> str:
+    """Mean and sample standard deviation."""
     if len(values) == 1:
         return f"{values[0]:.3f}"
     return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
 
 
-def share(values: list[float], margins: list[float]) -> str:
-    """A share in per cent with its 95 % interval, and that of each seed."""
-    margin = margins[0]
-    if len(values) > 1:
-        margin = T[len(values) - 2] * np.std(values, ddof=1) / len(values) ** 0.5
-    each = ", ".join(f"{100 * value:.1f}" for value in values)
-    return f"{100 * np.mean(values):.1f} ± {100 * margin:.1f} % ({each})"
+def interval(values: list[float]) -> str:
+    """Shares in per cent: the mean, its interval over seeds, and that of each seed."""
+    percent = [100 * value for value in values]
+    if len(values) == 1:
+        return f"{percent[0]:.1f}"
+    margin = T[len(values) - 2] * np.std(percent, ddof=1) / len(values) ** 0.5
+    each = ", ".join(f"{value:.1f}" for value in percent)
+    return f"{np.mean(percent):.1f} ± {margin:.1f} ({each})"
 
 
-def print_tables(runs: list[dict]) -> None:
-    tables = [run["table"] for run in runs]
-    columns = [key for key in next(iter(tables[0].values())) if key != "±"]
-    print(f"n = {len(runs)} seeds, {runs[0]['prompts']}, {runs[0]['samples']} samples a prompt\n")
-    print("| model | " + " | ".join(columns) + " |\n|---" + "|---" * len(columns) + "|")
-    for model in tables[0]:
-        cells = [spread([table[model][key] for table in tables]) for key in columns]
-        print(f"| {model} | " + " | ".join(cells) + " |")
-    *others, last = tables[0]
-    print(f"\n| {last} is preferred by gold to | |\n|---|---|")
+def table(rows: dict[str, dict[str, list[float]]], show) -> str:
+    """{row: {column: a value a seed}} in Markdown; `show` makes a cell of the values."""
+    columns = list(next(iter(rows.values())))
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for title, values in rows.items():
+        cells = [show(values[column]) for column in columns]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def merged(tables: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, list[float]]]:
+    """The tables of several seeds as one, a list of values in each cell."""
+    rows = defaultdict(lambda: defaultdict(list))
+    for one in tables:
+        for title, row in one.items():
+            for column, value in row.items():
+                rows[title][column].append(value)
+    return rows
+
+
+# ---- What the models are worth ---------------------------------------------------------
+
+
+def preference(labeler: fable.Labeler, own: int, other: int) -> float:
+    """The probability that the labeler, noise included, prefers the first of two grades."""
+    if own == other:
+        return 0.5
+    return NormalDist(0, labeler.noise * 2**0.5).cdf(own - other)
+
+
+def preferred(run: dict, rows: list[dict]) -> dict[str, dict[str, float]]:
+    """How often the last model is preferred to the others: by gold and by each labeler."""
+    *others, last = run["responses"]
+    grades = {}
+    for labeler in fable.LABELERS:
+        for model, responses in run["responses"].items():
+            graded = [fable.grade(labeler, row, text) for row, text in zip(rows, responses)]
+            grades[labeler, model] = graded
+    found = {}
     for model in others:
-        rates = []
-        margins = []
-        for run in runs:
-            own, other = np.array(run["gold"][last]), np.array(run["gold"][model])
-            rate, margin = win_rate(own, other)
-            rates.append(rate)
-            margins.append(margin)
-        print(f"| {model} | {share(rates, margins)} |")
+        rate, margin = rlhf.win_rate(np.array(run["gold"][last]), np.array(run["gold"][model]))
+        cells = {"by gold": rate, "± over prompts": margin}
+        in_favour = 0
+        for name, labelers in LABELERS.items():
+            wins = []
+            for labeler in labelers:
+                pairs = zip(grades[labeler, last], grades[labeler, model])
+                wins.append(np.mean([preference(labeler, *pair) for pair in pairs]))
+            cells[f"by {name}"] = float(np.mean(wins))
+            in_favour += sum(share > 0.5 for share in wins)
+        cells["labelers in favour"] = in_favour / len(fable.LABELERS)
+        found[f"{last} to {model}"] = cells
+    return found
+
+
+def made_up(rows: list[dict], responses: list[str], tasks: tuple) -> float:
+    """The share of responses with a falsehood: against the text given, or nobody can know it."""
+    found = []
+    for row, response in zip(rows, responses):
+        if row["task"] in tasks:
+            found.append(fable.falsehoods(row["wants"], fable.parse(response)) > 0)
+    return float(np.mean(found))
+
+
+def print_models(outs: list[Path], runs: list[dict]) -> None:
+    choices = []
+    inventions = []
+    for out, run in zip(outs, runs):
+        rows = files.read_jsonl(out / "data" / run["prompts"])
+        choices.append(preferred(run, rows))
+        cells = {}
+        for model, responses in run["responses"].items():
+            text_given = made_up(rows, responses, WITH_TEXT)
+            unknown = made_up(rows, responses, ("unknown",))
+            cells[model] = {"made up, text given": text_given, "made up, unknown": unknown}
+        inventions.append(cells)
+    print(f"n = {len(runs)} seeds, {runs[0]['prompts']}, {runs[0]['samples']} samples a prompt\n")
+    found = merged([run["table"] for run in runs])
+    for row in found.values():
+        row.pop("±", None)  # over prompts; the second table has it
+    print(table(found, spread))
+    print("\nPreferred, in per cent:\n\n" + table(merged(choices), interval))
+    print("\nIn per cent:\n\n" + table(merged(inventions), interval))
 
 
 def print_answers(out: Path, run: dict, count: int) -> None:
     """The answers of each model to the first prompts of the file, and what gold says."""
-    rows = read_jsonl(out / "data" / run["prompts"])
+    rows = files.read_jsonl(out / "data" / run["prompts"])
     for i, row in enumerate(rows[:count]):
         print(f"\n{row['prompt'].strip()}\n")
         for model, responses in run["responses"].items():
             print(f"* {model} ({run['gold'][model][0][i]:.2f}):{responses[i]}")
 
 
+# ---- The reward model against the truth ------------------------------------------------
+
+
+def pairs(out: Path, name: str) -> list[tuple]:
+    """All pairs of held-out completions: the reward model's probability that the first is
+    preferred, and {labeler: the true one} of those to whom they do not tie."""
+    cfg = rlhf.RM(data=str(out / "data"), out=str(out), device="cpu")
+    tokenizer = files.get_tokenizer(cfg.data)
+    model = rlhf.load(cfg, name, ScalarModel)
+    row_of = {row["prompt"]: row for row in files.read_jsonl(out / "data/rm_prompts_valid.jsonl")}
+    found = []
+    for prompt, row in row_of.items():
+        row["completions"] = set()
+    for ranking in files.read_jsonl(out / "data/comparisons_valid.jsonl"):
+        row_of[ranking["prompt"]]["completions"].update(ranking["completions"])
+    for prompt, row in row_of.items():
+        texts = sorted(row["completions"])
+        ids = [files.example(tokenizer, prompt, text).ids for text in texts]
+        with torch.no_grad():
+            scores = rlhf.score(model, ids, cfg).tolist()
+        for i, j in combinations(range(len(texts)), 2):
+            true = {}
+            for labeler in fable.LABELERS:
+                own = fable.grade(labeler, row, texts[i])
+                other = fable.grade(labeler, row, texts[j])
+                if own != other:
+                    true[labeler] = preference(labeler, own, other)
+            if true:
+                found.append((1 / (1 + np.exp(scores[j] - scores[i])), true))
+    return found
+
+
+def accuracies(everything: list[tuple]) -> dict[str, dict[str, float]]:
+    """Expected accuracies, without the luck of the draw."""
+    right = defaultdict(dict)
+    for group, labelers in LABELERS.items():
+        by_model, by_oracle, by_labeler = [], [], []
+        for chance, true in everything:
+            average = np.mean(list(true.values()))
+            own = {labeler: true[labeler] for labeler in labelers if labeler in true}
+            for labeler, p in own.items():
+                by_model.append(p if chance > 0.5 else 1 - p)
+                by_oracle.append(p if average > 0.5 else 1 - p)
+                for other, q in own.items():
+                    if other != labeler:
+                        by_labeler.append(p * q + (1 - p) * (1 - q))
+        right["reward model"][group] = float(np.mean(by_model))
+        right["judge of average taste, without noise"][group] = float(np.mean(by_oracle))
+        right["another labeler of the group"][group] = float(np.mean(by_labeler))
+    return right
+
+
+def calibration(everything: list[tuple]) -> dict[str, dict[str, float]]:
+    """How sure the reward model is, beside how often training labelers agree with it."""
+    bins = defaultdict(list)
+    for chance, true in everything:
+        sure = max(chance, 1 - chance)
+        for labeler in fable.TRAIN_LABELERS:
+            if labeler in true:
+                p = true[labeler] if chance > 0.5 else 1 - true[labeler]
+                bins[int(np.searchsorted(BINS, sure, side="right"))].append((sure, p))
+    rows = {}
+    for number in sorted(bins):
+        sure, p = np.mean(bins[number], axis=0)
+        span = f"{BINS[number - 1]:.2f} to {BINS[min(number, len(BINS) - 1)]:.2f}"
+        rows[span] = {"it says": float(sure), "labelers agree": float(p)}
+    return rows
+
+
+# ---- Over-optimisation -----------------------------------------------------------------
+
+
+def gao(kl: np.ndarray, gain: np.ndarray) -> tuple[float, float]:
+    """alpha and beta of gain = d (alpha - beta log d), d = sqrt(KL) (Gao et al. 2022, eq. for RL)."""
+    d = np.sqrt(kl)
+    solution, *_ = np.linalg.lstsq(np.stack([d, -d * np.log(d)], 1), gain, rcond=None)
+    return tuple(solution)
+
+
+def over_optimisation(out: Path, name: str) -> dict[str, float]:
+    """Gold at the start, at its best, and in the end, as means over ten iterations; the fit."""
+    lines = (out / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    log = [json.loads(line) for line in lines]
+    kl = np.array([line["objective/kl"] for line in log])
+    gold = np.array([line["objective/gold"] for line in log])
+    start = gold[:5].mean()
+    means = np.convolve(gold, np.ones(10) / 10, "valid")
+    best = int(means.argmax())
+    alpha, beta = gao(kl[5:].clip(min=1e-3), gold[5:] - start)
+    return {"gold, first five": start, "best": means[best], "KL there": kl[best : best + 10].mean(),
+            "last": means[-1], "KL at the end": kl[-10:].mean(), "alpha": alpha, "beta": beta}
+
+
+def read(out: Path, name: str, beside: str | None) -> dict:
+    """An evaluation; the models of a second one come first, with its name."""
+    run = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
+    if beside:
+        other = json.loads((out / f"{beside}.json").read_text(encoding="utf-8"))
+        for key in ("gold", "responses"):
+            renamed = {f"{model} ({beside})": value for model, value in other[key].items()}
+            run[key] = renamed | run[key]
+    return run
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("outs", nargs="*", default=["out"], help="folders of runs, one a seed")
     parser.add_argument("--name", default="evaluate", help="name of the evaluation")
-    parser.add_argument("--show", type=int, default=0, help="print this many answers of each model")
+    parser.add_argument("--beside", help="a second evaluation, on the same prompts")
+    parser.add_argument("--show", type=int, help="print this many answers of each model")
+    parser.add_argument("--reward_model", help="compare this reward model with the truth")
+    parser.add_argument("--proxy", nargs="+", help="runs of PPO that follow a reward model too far")
     flags = parser.parse_args()
-    runs = []
-    for out in flags.outs:
-        runs.append(json.loads((Path(out) / f"{flags.name}.json").read_text(encoding="utf-8")))
+    outs = [Path(out) for out in flags.outs]
+    if flags.reward_model:
+        everything = [pairs(out, flags.reward_model) for out in outs]
+        print(table(merged([accuracies(own) for own in everything]), interval))
+        print("\n" + table(merged([calibration(sum(everything, []))]), spread))
+        return
+    if flags.proxy:
+        for name in flags.proxy:
+            found = merged([{name: over_optimisation(out, name)} for out in outs])
+            print(table(found, spread))
+        return
+    runs = [read(out, flags.name, flags.beside) for out in outs]
     if flags.show:
-        print_answers(Path(flags.outs[0]), runs[0], flags.show)
+        print_answers(outs[0], runs[0], flags.show)
     else:
-        print_tables(runs)
+        print_models(outs, runs)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The scripts that make tables, against definitions."""
 
 import sys
-from itertools import combinations
 from random import Random
 
 import numpy as np
@@ -10,19 +9,7 @@ from conftest import ROOT
 from data import fable
 
 sys.path.insert(0, str(ROOT / "assets"))
-import best_of_n  # noqa: E402
 import tables  # noqa: E402
-import truth  # noqa: E402
-
-@pytest.mark.parametrize("n", [1, 2, 3, 6])
-def test_best_of_n_is_the_mean_over_all_choices_of_n(n):
-    key, value = np.random.default_rng(n).normal(size=(2, 6, 4))
-    best = []
-    for prompt in range(4):
-        for chosen in combinations(range(6), n):
-            winner = max(chosen, key=lambda i: key[i, prompt])
-            best.append(value[winner, prompt])
-    assert best_of_n.expected_best(key, value, n) == pytest.approx(np.mean(best))
 
 def test_true_preference_is_how_often_the_labeler_says_so():
     row = fable.ask(Random(1), "open_qa")
@@ -31,20 +18,37 @@ def test_true_preference_is_how_often_the_labeler_says_so():
         grades = fable.grade(labeler, row, good), fable.grade(labeler, row, bad)
         rng = Random(labeler.name)
         wins = [fable.rank(labeler, row, [good, bad], rng) == [0, 1] for _ in range(3000)]
-        assert truth.preference(labeler, grades) == pytest.approx(np.mean(wins), abs=0.04)
+        assert tables.preference(labeler, *grades) == pytest.approx(np.mean(wins), abs=0.04)
         assert 0.5 < np.mean(wins) < 1
 
 def test_what_is_made_up():
     rng = Random(2)
     rows = [fable.ask(rng, task) for task in ("closed_qa", "unknown", "closed_qa")]
     said = [fable.demonstrate(row, rng, care=1.0) for row in rows]
-    assert truth.made_up(rows, said, truth.WITH_TEXT + ("unknown",)) == 0
+    assert tables.made_up(rows, said, tables.WITH_TEXT + ("unknown",)) == 0
     kind, words = rows[0]["wants"][0]
     others = [thing for thing in fable.SEEN["thing"] if [thing] != words["thing"]]
     wrong = fable.say(rng, [[kind, words | {"thing": others[:1]}]])
-    assert truth.made_up(rows, [" " + wrong[0], *said[1:]], ("closed_qa",)) == 0.5
+    assert tables.made_up(rows, [" " + wrong[0], *said[1:]], ("closed_qa",)) == 0.5
 
 def test_intervals_over_seeds_are_those_of_student():
     assert tables.spread([0.5]) == "0.500" and tables.spread([0.4, 0.6]) == "0.500 ± 0.141"
-    assert tables.share([0.7, 0.8, 0.75], [0.1] * 3) == "75.0 ± 12.4 % (70.0, 80.0, 75.0)"
-    assert tables.share([0.7], [0.02]) == "70.0 ± 2.0 % (70.0)"
+    assert tables.interval([0.7, 0.8, 0.75]) == "75.0 ± 12.4 (70.0, 80.0, 75.0)"
+    assert tables.interval([0.7]) == "70.0"
+
+def test_accuracies_are_means_over_labelers_of_the_true_probability():
+    first, second = fable.TRAIN_LABELERS[:2]
+    others = dict.fromkeys(fable.HELDOUT_LABELERS, 0.9)
+    pairs = [(0.9, {first: 0.8, second: 0.6} | others), (0.2, {first: 0.7} | others)]
+    found = tables.accuracies(pairs)
+    group = "training labelers"
+    assert found["reward model"][group] == pytest.approx((0.8 + 0.6 + 0.3) / 3)
+    oracle = found["judge of average taste, without noise"][group]
+    assert oracle == pytest.approx((0.8 + 0.6 + 0.7) / 3)
+    both = 0.8 * 0.6 + 0.2 * 0.4
+    assert found["another labeler of the group"][group] == pytest.approx(both)
+
+def test_fit_of_over_optimisation():
+    kl = np.linspace(0.2, 20, 50)
+    gain = np.sqrt(kl) * (0.9 - 0.2 * np.log(np.sqrt(kl)))
+    assert tables.gao(kl, gain) == pytest.approx((0.9, 0.2))
