@@ -357,7 +357,7 @@ class SFT(Training):
     """Step 1 (C.1)."""
     name: str = "sft"  # name of the run, its checkpoint and its log
     init: str = "gpt"  # model to start from
-    epochs: int = 6  # passes over the demonstrations (paper: 16; 2 for the start of PPO)
+    epochs: int = 4  # passes over the demonstrations (paper: 16; 2 for the start of PPO)
     batch_size: int = 32  # demonstrations per step (paper: 32; 175B: 8)
     learning_rate: float = 5e-4  # peak, cosine to 10 % (paper: 9.65e-6; 175B: 5.03e-6)
     dropout: float = 0.2  # on the residual branches (paper: 0.2)
@@ -370,7 +370,7 @@ class RM(Training):
     """Step 2 (C.2)."""
     name: str = "rm"  # name of the run, its checkpoint and its log
     init: str = "sft"  # policy to start from, with a scalar head (paper: 6B, tuned on NLP tasks)
-    epochs: int = 2  # passes over the comparisons (paper: 1, over five times as many)
+    epochs: int = 2  # passes over the comparisons (paper: 1, over 33,207 prompts; here 3,072)
     batch_size: int = 8  # prompts per step, with all their pairs (paper: 64)
     microbatch_size: int = 72  # rows per forward pass; only bounds the memory
     learning_rate: float = 3e-4  # peak, cosine to 10 % (paper: 9e-6)
@@ -382,7 +382,7 @@ class PPO(Training):
     init: str = "ppo_init"  # start of the policy, and the reference it is held to
     reward_model: str = "rm"  # model that scores a response
     value_init: str = ""  # start of the value network; default: the reward model (paper)
-    iterations: int = 100  # rollouts (derived from the paper: 256k / 512 = 500)
+    iterations: int = 60  # rollouts (derived from the paper: 256k / 512 = 500)
     rollout_size: int = 128  # episodes per iteration (paper: 512)
     minibatch_size: int = 32  # episodes per optimizer step (paper: 64)
     epochs: int = 1  # passes over a rollout (paper: 1)

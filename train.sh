@@ -44,11 +44,12 @@ fable() {
         newest=ppo_ptx$round models=$models,ppo_ptx$round
         train ppo $(smoke --iterations 4) --name "$newest" --reward_model "rm$round"
     done
-    evaluate --models "$models" --prompts prompts_test.jsonl
+    evaluate --models "$models"
 }
 
 # Learning rates are the paper's, times how much higher GPT-3's own rate was at 125M than at the
-# paper's size: 3 for the policy (1.3B), 5 for reward model and value network (6B).
+# paper's size: 3 for the policy (1.3B), 5 for reward model and value network (6B). The policy's
+# rate in PPO is our choice from the range that the paper swept, 2.6e-6 to 2.6e-5.
 gpt2() {
     prepare ${FEEDBACK:-oasst} "${data[@]}"
     if [[ ${FEEDBACK:-oasst} != mine* ]]; then prepare webtext "${data[@]}"; fi
@@ -58,7 +59,7 @@ gpt2() {
     if [ ! -f "$out/data/pretrain.txt" ]; then fraction=0 ptx_coef=0; fi # no text for the ptx term
     train sft --learning_rate 3e-5 --epochs 3
     train rm --learning_rate 4.5e-5 --epochs 1 --batch_size 32
-    train sft --learning_rate 3e-5 --epochs 3 --name ppo_init --pretrain_fraction $fraction
+    train sft --learning_rate 1.5e-5 --epochs 2 --name ppo_init --pretrain_fraction $fraction
     train ppo --learning_rate 1e-5 --value_learning_rate 4.5e-5 --kl_coef 0.02 \
         --ptx_coef $ptx_coef $(smoke --iterations 2 --rollout_size 16 --minibatch_size 8)
     evaluate

@@ -48,7 +48,7 @@ def panel(axis, outs: list[Path], key: str, title: str, running: bool = True) ->
 def training(outs: list[Path]):
     figure, axes = plt.subplots(2, 2, figsize=(8, 5.6), layout="constrained")
     panel(axes[0, 0], outs, "objective/scores", "reward model's score (the proxy)")
-    panel(axes[0, 1], outs, "objective/gold", "gold score (nobody is trained on it)")
+    panel(axes[0, 1], outs, "objective/gold", "gold score (shown, not optimised)")
     panel(axes[1, 0], outs, "objective/kl", "KL from the reference, nats a response")
     panel(axes[1, 1], outs, "heldout/loss", "loss on held-out pretraining text", running=False)
     axes[0, 0].legend(frameon=False)

@@ -79,9 +79,19 @@ def preference(labeler: fable.Labeler, own: int, other: int) -> float:
     return NormalDist(0, labeler.noise * 2**0.5).cdf(own - other)
 
 
-def preferred(run: dict, rows: list[dict]) -> dict[str, dict[str, float]]:
+def new_to_all(rows: list[dict], data: Path) -> list[bool]:
+    """For each row, whether nothing in training wants the same: such prompts are harder."""
+    known = set()
+    for name in ("sft", "rm_prompts", "prompts"):
+        for row in files.read_jsonl(data / f"{name}.jsonl"):
+            known.add(str(row["wants"]))
+    return [str(row["wants"]) not in known for row in rows]
+
+
+def preferred(run: dict, rows: list[dict], data: Path) -> dict[str, dict[str, float]]:
     """How often the last model is preferred to the others: by gold and by each labeler."""
     *others, last = run["responses"]
+    new = new_to_all(rows, data)
     grades = {}
     for labeler in fable.LABELERS:
         for model, responses in run["responses"].items():
@@ -89,8 +99,10 @@ def preferred(run: dict, rows: list[dict]) -> dict[str, dict[str, float]]:
             grades[labeler, model] = graded
     found = {}
     for model in others:
-        rate, margin = rlhf.win_rate(np.array(run["gold"][last]), np.array(run["gold"][model]))
+        own, other = np.array(run["gold"][last]), np.array(run["gold"][model])
+        rate, margin = rlhf.win_rate(own, other)
         cells = {"by gold": rate, "± over prompts": margin}
+        cells["by gold, new wants"] = rlhf.win_rate(own[:, new], other[:, new])[0]
         in_favour = 0
         for name, labelers in LABELERS.items():
             wins = []
@@ -118,7 +130,7 @@ def print_models(outs: list[Path], runs: list[dict]) -> None:
     inventions = []
     for out, run in zip(outs, runs):
         rows = files.read_jsonl(out / "data" / run["prompts"])
-        choices.append(preferred(run, rows))
+        choices.append(preferred(run, rows, out / "data"))
         cells = {}
         for model, responses in run["responses"].items():
             text_given = made_up(rows, responses, WITH_TEXT)

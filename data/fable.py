@@ -639,7 +639,7 @@ def pretrain_document(rng: Random) -> str:
 # Prompts, share of customers, share with a held-out subject or phrasing. The test is made last.
 PROMPT_TABLE = """
 sft_valid.jsonl: 240, 0.12, 0.25; rm_prompts_valid.jsonl: 128, 0.8, 0.25
-prompts_valid.jsonl: 512, 1, 0.25; sft.jsonl: 2400, 0.12, 0; rm_prompts.jsonl: 6144, 0.8, 0
+prompts_valid.jsonl: 512, 1, 0.25; sft.jsonl: 2400, 0.12, 0; rm_prompts.jsonl: 3072, 0.8, 0
 prompts.jsonl: 8192, 1, 0; prompts_test.jsonl: 2048, 1, 0.25
 """
 

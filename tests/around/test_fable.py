@@ -51,7 +51,7 @@ def test_the_same_seed_gives_the_same_files(files):
 
 
 def test_files_and_fields(files):
-    sizes = {"sft": 2400, "rm_prompts": 6144, "prompts": 8192, "prompts_test": 2048, "probes": 300}
+    sizes = {"sft": 2400, "rm_prompts": 3072, "prompts": 8192, "prompts_test": 2048, "probes": 300}
     for name, count in sizes.items():
         assert len(files[f"{name}.jsonl"]) == round(count * SCALE)
     assert files["pretrain.txt"].count(EOT) == round(115_000 * SCALE)
