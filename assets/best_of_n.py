@@ -40,9 +40,8 @@ def sample(cfg: rlhf.Evaluate, model: str, samples: int) -> tuple[np.ndarray, np
     prompts = [row["prompt_ids"] for row in rows]
     torch.manual_seed(cfg.seed)
     responses = rlhf.complete(policy, prompts, tokenizer.eot_token, cfg.max_new_tokens)
-    sequences = [example.ids for example in rlhf.behind(prompts, responses)]
     with torch.no_grad():
-        scores = rlhf.score(reward_model, sequences, cfg).numpy()
+        scores = rlhf.score(reward_model, rlhf.behind(prompts, responses), cfg).numpy()
     texts = [files.decode(tokenizer, response) for response in responses]
     gold = [sum(fable.gold(row, text).values()) for row, text in zip(rows, texts)]
     return scores.reshape(samples, -1), np.array(gold).reshape(samples, -1)

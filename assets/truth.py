@@ -85,9 +85,9 @@ def pairs(out: Path, name: str = "rm") -> list[tuple]:
     completions = {row["prompt"]: sorted(set(row["completions"])) for row in rankings}
     found = []
     for prompt, texts in completions.items():
-        ids = [files.example(tokenizer, prompt, text).ids for text in texts]
+        examples = [files.example(tokenizer, prompt, text) for text in texts]
         with torch.no_grad():
-            scores = rlhf.score(model, ids, cfg).tolist()
+            scores = rlhf.score(model, examples, cfg).tolist()
         grades = {}
         for labeler in fable.LABELERS:
             row = wants[prompt]
