@@ -26,7 +26,6 @@ class GPTConfig:
 
 PRESETS = {
     "fable": dict(block_size=256, n_layer=4, n_head=4, n_embd=128),  # 1M
-    "fable-10x": dict(block_size=256, n_layer=8, n_head=10, n_embd=320),  # 10M
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 355M
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M

@@ -58,16 +58,9 @@ def all_sum(*tensors: torch.Tensor) -> None:
             dist.all_reduce(x)
 
 def sum_gradients(model: torch.nn.Module) -> None:
-    """Replace the gradients by their sums over the processes, all in one message."""
-    if not dist.is_initialized():
-        return
-    gradients = []
-    for parameter in model.parameters():
-        if parameter.grad is None:  # this process had no example
-            parameter.grad = torch.zeros_like(parameter)
-        gradients.append(parameter.grad)
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    all_sum(flat)
-    totals = flat.split([gradient.numel() for gradient in gradients])
-    for gradient, total in zip(gradients, totals):
-        gradient.copy_(total.view_as(gradient))
+    """Replace the gradients by their sums over the processes."""
+    if dist.is_initialized():
+        for parameter in model.parameters():
+            if parameter.grad is None:  # this process had no example
+                parameter.grad = torch.zeros_like(parameter)
+            all_sum(parameter.grad)

@@ -35,7 +35,7 @@ import time
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Annotated, NamedTuple, get_args
 from zipfile import ZipFile
 
 import numpy as np
@@ -66,8 +66,7 @@ def masked_mean(x: Tensor, mask: Tensor, count=None) -> Tensor:
 def lm_loss(logprobs: Tensor, mask: Tensor, count=None) -> Tensor:
     """eq. (1): -E[log pi(token)], in nats a token: (B, T-1), (B, T-1) -> ().
 
-    SFT's loss, and the ptx term. SFT's mask excludes the prompt (our choice; the paper is
-    silent).
+    SFT's loss, whose mask excludes the prompt (our choice; not stated), and the ptx term.
     """
     return -masked_mean(logprobs, mask, count)
 
@@ -211,43 +210,41 @@ def chunks(items: list, size: int) -> list[list]:
     """Consecutive parts of at most `size` items."""
     return [items[start : start + size] for start in range(0, len(items), size)]
 
-def by_length(indices, lengths: list[int], size: int, device: str) -> list[list[int]]:
-    """Divide examples into forward passes of at most `size`; returns the indices of each.
+def by_length(indices, examples: list[Example], cfg: "Settings") -> list[list[int]]:
+    """Divide some of the examples into forward passes, by length; returns the indices of each.
 
-    Examples of like length go together; on a CPU a pass is halved for as long as that saves
-    128 tokens of padding.
+    On a CPU a pass is halved for as long as that saves 128 tokens of padding.
     """
-    waiting = chunks(sorted(indices, key=lengths.__getitem__), max(1, size))
+    lengths = [len(example.ids) for example in examples]
+    waiting = chunks(sorted(indices, key=lengths.__getitem__), cfg.microbatch_size)
     passes = []
     while waiting:
         part = waiting.pop()
         half = len(part) // 2
         saved = half * (lengths[part[-1]] - lengths[part[half - 1]])
-        if device == "cpu" and saved >= 128:
+        if cfg.device == "cpu" and saved >= 128:
             waiting += [part[:half], part[half:]]
         else:
             passes.append(part)
     return passes
 
-def microbatches(indices, lengths: list[int], cfg: "Settings") -> list[list[int]]:
+def microbatches(indices, examples: list[Example], cfg: "Settings") -> list[list[int]]:
     """The forward passes of a step. With several processes, those of this one."""
-    return by_length(share(indices), lengths, cfg.microbatch_size, cfg.device)
+    return by_length(share(indices), examples, cfg)
 
-def totals(passes: list[dict[str, float]]) -> dict[str, float]:
+def totals(passes: list[dict]) -> dict[str, float]:
     """The sums, key by key, of what the forward passes of all processes found."""
     sums = {}
-    for own_passes in gather(passes):
-        for found in own_passes:
-            for key, value in found.items():
-                sums[key] = sums.get(key, 0.0) + value
+    for found in sum(gather(passes), []):
+        for key, value in found.items():
+            sums[key] = sums.get(key, 0.0) + value
     return sums
 
 def lm_pass(policy: GPT, examples: list[Example], cfg: "Settings", coef: float = 0.0) -> float:
     """Eq. (1) over the examples, in nats a token; accumulates the gradient of coef * (1)."""
     count = sum(len(example.ids) - example.prompt_len for example in examples)
-    lengths = [len(example.ids) for example in examples]
     losses = []
-    for indices in microbatches(range(len(examples)), lengths, cfg):
+    for indices in microbatches(range(len(examples)), examples, cfg):
         tokens, mask, _ = pad_examples([examples[i] for i in indices], cfg.device)
         with torch.set_grad_enabled(coef > 0):
             loss = lm_loss(token_logprobs(policy, tokens, mask), mask, count)
@@ -256,12 +253,11 @@ def lm_pass(policy: GPT, examples: list[Example], cfg: "Settings", coef: float =
         losses.append({"loss": loss.item()})
     return totals(losses)["loss"]
 
-def score(model: ScalarModel, sequences: list[list[int]], cfg: "Settings") -> Tensor:
-    """The score of each list of ids: (N,)."""
-    scores = torch.zeros(len(sequences), device=cfg.device)
-    lengths = [len(ids) for ids in sequences]
-    for indices in by_length(range(len(lengths)), lengths, cfg.microbatch_size, cfg.device):
-        tokens, total_lens = pad_right([sequences[i] for i in indices], cfg.device)
+def score(model: ScalarModel, examples: list[Example], cfg: "Settings") -> Tensor:
+    """The score of each example: (N,)."""
+    scores = torch.zeros(len(examples), device=cfg.device)
+    for indices in by_length(range(len(examples)), examples, cfg):
+        tokens, _, total_lens = pad_examples([examples[i] for i in indices], cfg.device)
         scores[indices] = sequence_scores(model, tokens, total_lens)
     return scores
 
@@ -281,7 +277,7 @@ def complete(policy, prompts, eos, max_new_tokens, temperature=1.0) -> list[list
 
 # ---- Optimization ----------------------------------------------------------------------
 
-def adam(model: torch.nn.Module) -> torch.optim.Adam:
+def adam(model) -> torch.optim.Adam:
     """Betas as in appendix C; the paper gives no epsilon (GPT-3's) and no weight decay (0)."""
     return torch.optim.Adam(model.parameters(), betas=(0.9, 0.95), eps=1e-8, fused=True)
 
@@ -290,11 +286,8 @@ def schedule(step: int, total: int, warmup: float = 0.0) -> float:
     cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * step / total))
     return min(cosine, (step + 1) / max(1, warmup * total))
 
-def update(model: torch.nn.Module, optimizer: torch.optim.Adam, learning_rate: float) -> float:
-    """One step on the accumulated gradient, clipped to norm 1 (our choice); returns the norm.
-
-    Raises UserError, before the step, if the gradient is not finite.
-    """
+def update(model, optimizer, learning_rate: float) -> float:
+    """A step on the gradient, clipped to norm 1 (our choice); returns the norm before that."""
     sum_gradients(model)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
     if not math.isfinite(norm):
@@ -324,45 +317,48 @@ def random_documents(documents: list, count: int, longest: int, rng) -> list[Exa
 
 # ---- Settings: every field is a flag, its comment the help; defaults suit the fable ----
 
+NotNegative = Annotated[float, 0, 1e9]  # with the smallest and the largest value that make sense
+Fraction = Annotated[float, 0, 1]
+Part = Annotated[float, 0, 0.99]
+Count = Annotated[int, 1, 2**62]
+
 @dataclass
 class Settings:
-    """What every stage can be told."""
     data: str = "out/data"  # folder of the data set
     out: str = "out"  # folder of checkpoints and logs
-    seed: int = 1  # random seed
+    seed: Annotated[int, 0, 2**62] = 1  # random seed
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 on CUDA, else float32
-    microbatch_size: int = 32  # rows per forward pass; only bounds the memory
-    max_new_tokens: int = 48  # longest response (paper: 1,000)
+    microbatch_size: Count = 32  # rows per forward pass; only bounds the memory
+    max_new_tokens: Count = 48  # longest response (paper: 1,000)
     gold: str = "data/fable.py"  # file with gold(row, completion), a score that is only shown
 
 @dataclass
 class Training(Settings):
-    """What every stage that trains can be told."""
     resume: bool = False  # continue where the run of this name was stopped, to the same bits
-    save_minutes: float = 5.0  # minutes between two saves for --resume
+    save_minutes: NotNegative = 5.0  # minutes between two saves for --resume
 
 @dataclass
 class Pretrain(Training):
     """The base model. The paper began with GPT-3, so all of this is our choice."""
     name: str = "gpt"  # name of the run, its checkpoint and its log
     preset: str = "fable"  # shape of the model, one of model.PRESETS
-    steps: int = 1400  # optimizer steps
-    batch_size: int = 96  # documents per step
-    microbatch_size: int = 96  # rows per forward pass; only bounds the memory
-    learning_rate: float = 2e-3  # peak, after a warmup of 5 % of the steps; cosine to 10 %
+    steps: Count = 1400  # optimizer steps
+    batch_size: Count = 96  # documents per step
+    microbatch_size: Count = 96  # rows per forward pass; only bounds the memory
+    learning_rate: NotNegative = 2e-3  # peak, after a warmup of 5 % of the steps; cosine to 10 %
 
 @dataclass
 class SFT(Training):
     """Step 1 (C.1)."""
     name: str = "sft"  # name of the run, its checkpoint and its log
     init: str = "gpt"  # model to start from
-    epochs: int = 4  # passes over the demonstrations (paper: 16; 2 for the start of PPO)
-    batch_size: int = 32  # demonstrations per step (paper: 32; 175B: 8)
-    learning_rate: float = 5e-4  # peak, cosine to 10 % (paper: 9.65e-6; 175B: 5.03e-6)
-    dropout: float = 0.2  # on the residual branches (paper: 0.2)
-    pretrain_fraction: float = 0.0  # share of rows that are raw text (paper, for PPO: 0.1)
-    window: int = 256  # longest such row, in tokens (paper: not stated)
+    epochs: Count = 4  # passes over the demonstrations (paper: 16; 2 for the start of PPO)
+    batch_size: Count = 32  # demonstrations per step (paper: 32; 175B: 8)
+    learning_rate: NotNegative = 5e-4  # peak, cosine to 10 % (paper: 9.65e-6; 175B: 5.03e-6)
+    dropout: Part = 0.2  # on the residual branches (paper: 0.2)
+    pretrain_fraction: Part = 0.0  # share of rows that are raw text (paper, for PPO: 0.1)
+    window: Count = 256  # longest such row, in tokens (paper: not stated)
     reward_model: str = ""  # keep the epoch whose samples it prefers; else the last
 
 @dataclass
@@ -370,10 +366,10 @@ class RM(Training):
     """Step 2 (C.2)."""
     name: str = "rm"  # name of the run, its checkpoint and its log
     init: str = "sft"  # policy to start from, with a scalar head (paper: 6B, tuned on NLP tasks)
-    epochs: int = 2  # passes over the comparisons (paper: 1, over 33,207 prompts; here 3,072)
-    batch_size: int = 8  # prompts per step, with all their pairs (paper: 64)
-    microbatch_size: int = 72  # rows per forward pass; only bounds the memory
-    learning_rate: float = 3e-4  # peak, cosine to 10 % (paper: 9e-6)
+    epochs: Count = 2  # passes over the comparisons (paper: 1, over 33,207 prompts; here 3,072)
+    batch_size: Count = 8  # prompts per step, with all their pairs (paper: 64)
+    microbatch_size: Count = 72  # rows per forward pass; only bounds the memory
+    learning_rate: NotNegative = 3e-4  # peak, cosine to 10 % (paper: 9e-6)
 
 @dataclass
 class PPO(Training):
@@ -382,68 +378,51 @@ class PPO(Training):
     init: str = "ppo_init"  # start of the policy, and the reference it is held to
     reward_model: str = "rm"  # model that scores a response
     value_init: str = ""  # start of the value network; default: the reward model (paper)
-    iterations: int = 60  # rollouts (derived from the paper: 256k / 512 = 500)
-    rollout_size: int = 128  # episodes per iteration (paper: 512)
-    minibatch_size: int = 32  # episodes per optimizer step (paper: 64)
-    epochs: int = 1  # passes over a rollout (paper: 1)
-    learning_rate: float = 3e-4  # of the policy, after a warmup from a tenth (paper: swept)
-    value_learning_rate: float = 5e-4  # of the value network (paper: 9e-6, no warmup)
-    kl_coef: float = 0.16  # beta (paper: 0.02)
-    ptx_coef: float = 0.5  # gamma; 0 is plain PPO (paper: 27.8, of unknown scale)
-    ptx_ratio: float = 1.0  # rows of pretraining text per episode (paper: 8)
-    window: int = 256  # longest such row, in tokens (paper: not stated)
-    gamma: float = 1.0  # discount (paper: none)
-    lam: float = 0.95  # lambda of GAE (paper: not stated; its predecessors: 0.95)
-    cliprange: float = 0.2  # of the ratio (paper: 0.2)
-    cliprange_value: float = 0.2  # of the value's change (not stated; OpenAI, 2019: 0.2)
-    max_kl: float = 0.1  # end an iteration's updates when approxkl exceeds this (our guard)
+    iterations: Count = 60  # rollouts (derived from the paper: 256k / 512 = 500)
+    rollout_size: Count = 128  # episodes per iteration (paper: 512)
+    minibatch_size: Count = 32  # episodes per optimizer step (paper: 64)
+    epochs: Count = 1  # passes over a rollout (paper: 1)
+    learning_rate: NotNegative = 3e-4  # of the policy, after a warmup from a tenth (paper: swept)
+    value_learning_rate: NotNegative = 5e-4  # of the value network (paper: 9e-6, no warmup)
+    kl_coef: NotNegative = 0.16  # beta (paper: 0.02)
+    ptx_coef: NotNegative = 0.5  # gamma; 0 is plain PPO (paper: 27.8, of unknown scale)
+    ptx_ratio: NotNegative = 1.0  # rows of pretraining text per episode (paper: 8)
+    window: Count = 256  # longest such row, in tokens (paper: not stated)
+    gamma: Fraction = 1.0  # discount (paper: none)
+    lam: Fraction = 0.95  # lambda of GAE (paper: not stated; its predecessors: 0.95)
+    cliprange: NotNegative = 0.2  # of the ratio (paper: 0.2)
+    cliprange_value: NotNegative = 0.2  # of the value's change (not stated; OpenAI, 2019: 0.2)
+    max_kl: NotNegative = 0.1  # end an iteration's updates when approxkl exceeds this (our guard)
     missing_eos_score: float = -1.0  # highest score without EOS (OpenAI in 2019: always -1)
-    ema_decay: float = 0.992  # per step, of the weights that are saved (paper: 0.992)
+    ema_decay: Fraction = 0.992  # per step, of the weights that are saved (paper: 0.992)
 
 @dataclass
 class DPO(Training):
     """An alternative to steps 2 and 3 (Rafailov et al. 2023, appendix B)."""
     name: str = "dpo"  # name of the run, its checkpoint and its log
     init: str = "ppo_init"  # start of the policy, and the reference it is held to
-    epochs: int = 1  # passes over the comparisons (DPO paper: not stated)
-    batch_size: int = 8  # prompts per step, with all their pairs (DPO paper: 64 pairs)
-    microbatch_size: int = 72  # rows per forward pass; only bounds the memory
-    learning_rate: float = 1e-4  # peak, after a warmup of 10 % (DPO paper: 1e-6, RMSprop)
-    beta: float = 1.0  # strength of the tie to the reference (DPO paper: 0.1 and 0.5)
+    epochs: Count = 1  # passes over the comparisons (DPO paper: not stated)
+    batch_size: Count = 8  # prompts per step, with all their pairs (DPO paper: 64 pairs)
+    microbatch_size: Count = 72  # rows per forward pass; only bounds the memory
+    learning_rate: NotNegative = 1e-4  # peak, after a warmup of 10 % (DPO paper: 1e-6, RMSprop)
+    beta: NotNegative = 1.0  # strength of the tie to the reference (DPO paper: 0.1 and 0.5)
 
 @dataclass
 class Evaluate(Settings):
-    """The table of what each stage did."""
     name: str = "evaluate"  # name of the table: out/<name>.md and .json
     models: str = "gpt,gpt+fewshot,sft,ppo_init,ppo,ppo_ptx"  # rows of the table
     prompts: str = "prompts_valid.jsonl"  # file of the data set
-    samples: int = 1  # responses to each prompt
-    temperature: float = 1.0  # of the sampling; 0 always takes the likeliest token
+    samples: Count = 1  # responses to each prompt
+    temperature: NotNegative = 1.0  # of the sampling; 0 always takes the likeliest token
     baseline: str = "sft"  # row that win rates are against
     reference: str = "ppo_init"  # model that the KL is measured from
     reward_model: str = "rm"  # model that scores the responses
 
 @dataclass
 class Chat(Settings):
-    """A conversation in the terminal."""
     model: str = "ppo_ptx"  # model to talk to
-    temperature: float = 0.7  # 0 always takes the likeliest token
+    temperature: NotNegative = 0.7  # 0 always takes the likeliest token
 
-# The smallest and largest values that make sense. Fields that are not listed may be anything.
-LIMITS = {
-    "seed": (0, 2**62), "dropout": (0, 0.99), "pretrain_fraction": (0, 0.99), "gamma": (0, 1),
-    "lam": (0, 1), "ema_decay": (0, 1)
-}
-for not_negative in (
-    "learning_rate", "value_learning_rate", "kl_coef", "ptx_coef", "ptx_ratio", "cliprange",
-    "cliprange_value", "max_kl", "beta", "temperature", "save_minutes"
-):
-    LIMITS[not_negative] = (0, 1e9)
-for at_least_one in (
-    "microbatch_size", "max_new_tokens", "steps", "batch_size", "epochs", "window", "iterations",
-    "rollout_size", "minibatch_size", "samples"
-):
-    LIMITS[at_least_one] = (1, 2**62)
 CHOICES = {"preset": PRESETS, "device": ("auto", "cpu", "cuda", "mps")}
 CHOICES["dtype"] = ("auto", "float32", "bfloat16")
 
@@ -453,13 +432,12 @@ def pretrain(cfg: Pretrain) -> None:
     """Train a GPT from nothing on raw text: the abilities that the later steps only steer."""
     tokenizer = get_tokenizer(cfg.data)
     documents = read_documents(Path(cfg.data) / "pretrain.txt", tokenizer)
-    shape = PRESETS[cfg.preset]
-    config = GPTConfig(tokenizer.n_vocab, **shape, vocabulary=fingerprint(tokenizer))
+    vocabulary = fingerprint(tokenizer)
+    config = GPTConfig(tokenizer.n_vocab, vocabulary=vocabulary, **PRESETS[cfg.preset])
     model = GPT(config).to(cfg.device)
     heldout = read_heldout(tokenizer, model, cfg)
     optimizer = adam(model)
-    files = ["pretrain.txt", "pretrain_valid.txt"]
-    run = Run(cfg, cfg.steps, files, [model, optimizer])
+    run = Run(cfg, cfg.steps, ["pretrain.txt", "pretrain_valid.txt"], [model, optimizer])
     for step in run.steps():
         rng = np.random.default_rng([cfg.seed, step])
         examples = random_documents(documents, cfg.batch_size, config.block_size, rng)
@@ -489,9 +467,8 @@ def read_heldout(tokenizer, model: GPT, cfg: Settings) -> list[Example]:
 def sft(cfg: SFT) -> None:
     """Step 1: imitate the demonstrations, by eq. (1) on each completion and its EOS.
 
-    The paper's final models were chosen by the reward model's score on validation prompts,
-    which improves for longer than the loss does (3.5). Without a reward model, the last epoch
-    is saved.
+    The paper chose its models by the reward model's score on validation prompts, which improves
+    for longer than the loss does (3.5). Without a reward model, the last epoch is saved.
     """
     tokenizer = get_tokenizer(cfg.data)
     data = Path(cfg.data)
@@ -524,9 +501,9 @@ def sft(cfg: SFT) -> None:
             metrics["valid/loss"] = lm_pass(model, valid, cfg)
             if cfg.reward_model:
                 responses = complete(model, prompts, tokenizer.eot_token, cfg.max_new_tokens)
-                sequences = [example.ids for example in behind(prompts, responses)]
                 with torch.no_grad():
-                    metrics["valid/score"] = score(reward_model, sequences, cfg).mean().item()
+                    scores = score(reward_model, behind(prompts, responses), cfg)
+                metrics["valid/score"] = scores.mean().item()
                 if metrics["valid/score"] > run.best:
                     run.best = metrics["valid/score"]
                     save(checkpoint(cfg, cfg.name), model)
@@ -541,11 +518,12 @@ class Ranked(NamedTuple):
     examples: list[Example]
     ranks: Tensor  # (N,) 0 is best
     groups: Tensor  # (N,) index of the prompt
+    count: int  # prompts of the whole step that have untied pairs
 
 def ranked_passes(rankings: list[Ranking], cfg: Settings) -> list[Ranked]:
-    """This process's rankings, divided so that about microbatch_size completions have a
-    gradient at a time; those of a prompt stay together."""
+    """This process's rankings, some microbatch_size completions at a time, whole prompts."""
     passes = []
+    count = max(1, sum(len(set(ranking.ranks)) > 1 for ranking in rankings))
     prompts = max(1, cfg.microbatch_size // 9)  # the paper's labelers ranked at most 9 (3.5)
     for part in chunks(share(rankings), prompts):
         examples = []
@@ -556,12 +534,9 @@ def ranked_passes(rankings: list[Ranking], cfg: Settings) -> list[Ranked]:
             ranks += ranking.ranks
             groups += [group] * len(ranking.ranks)
         ranks = torch.tensor(ranks, device=cfg.device)
-        passes.append(Ranked(examples, ranks, torch.tensor(groups, device=cfg.device)))
+        groups = torch.tensor(groups, device=cfg.device)
+        passes.append(Ranked(examples, ranks, groups, count))
     return passes
-
-def untied(rankings: list[Ranking]) -> int:
-    """How many of the rankings prefer one completion to another; at least 1."""
-    return max(1, sum(len(set(ranking.ranks)) > 1 for ranking in rankings))
 
 def rm(cfg: RM) -> None:
     """Step 2: learn to score completions in the labelers' order, by eq. (2)."""
@@ -582,8 +557,8 @@ def rm(cfg: RM) -> None:
         batch = batch_at(rankings, cfg.batch_size, step, cfg.seed)
         losses = []
         for ranked in ranked_passes(batch, cfg):
-            scores = score(model, [example.ids for example in ranked.examples], cfg)
-            loss = pairwise_loss(scores, ranked.ranks, ranked.groups, untied(batch))
+            scores = score(model, ranked.examples, cfg)
+            loss = pairwise_loss(scores, ranked.ranks, ranked.groups, ranked.count)
             loss.backward()
             losses.append({"loss": loss.item()})
         metrics = totals(losses)
@@ -594,7 +569,7 @@ def rm(cfg: RM) -> None:
             metrics |= report
         run.log(metrics, "loss")
     with torch.no_grad():
-        scores = score(model, [example.ids for example in demonstrations], cfg)
+        scores = score(model, demonstrations, cfg)
         model.head.bias -= scores.mean()  # demonstrations score 0 on average (3.5)
     run.finish(model)
 
@@ -609,14 +584,13 @@ def accuracy_report(model, rankings: list[Ranking], seen: set[str], cfg: Setting
     """How well held-out rankings are predicted: the share of untied pairs in the right order.
 
     Labelers who were not `seen` in training are reported apart. `confidence` is the share that
-    the model expects to get right, so it should equal `accuracy`. The correlation of score and
-    length is within prompts. It is left out if all completions of a prompt are equally long.
+    the model expects to get right. The correlation of score and length is within prompts.
     """
     scores = []
     lengths = []
     margins = {"eval": [], "eval_heldout_labelers": []}
     for ranking in rankings:
-        own_scores = score(model, [example.ids for example in ranking.examples], cfg).cpu()
+        own_scores = score(model, ranking.examples, cfg).cpu()
         ranks = torch.tensor(ranking.ranks)
         winner, loser = preferences(ranks, torch.zeros_like(ranks))
         labelers = "eval" if ranking.labeler in seen else "eval_heldout_labelers"
@@ -624,15 +598,15 @@ def accuracy_report(model, rankings: list[Ranking], seen: set[str], cfg: Setting
         own_lengths = np.array([len(example.ids) for example in ranking.examples])
         scores += (own_scores - own_scores.mean()).tolist()
         lengths += (own_lengths - own_lengths.mean()).tolist()
-    report = {"eval/score_std": float(np.std(scores))}
+    report = {"eval/score_std": np.std(scores)}
     if np.std(lengths) > 0 and np.std(scores) > 0:
-        report["eval/length_correlation"] = float(np.corrcoef(scores, lengths)[0, 1])
+        report["eval/length_correlation"] = np.corrcoef(scores, lengths)[0, 1]
     for labelers, differences in margins.items():
         if differences:
             margin = np.array(differences)
-            report[f"{labelers}/accuracy"] = float(np.mean(margin > 0))
-            report[f"{labelers}/confidence"] = float(np.mean(1 / (1 + np.exp(-np.abs(margin)))))
-            report[f"{labelers}/margin"] = float(np.mean(margin))
+            report[f"{labelers}/accuracy"] = np.mean(margin > 0)
+            report[f"{labelers}/confidence"] = np.mean(1 / (1 + np.exp(-np.abs(margin))))
+            report[f"{labelers}/margin"] = np.mean(margin)
     return report
 
 # ---- Step 3: PPO, with the KL and pretraining terms ------------------------------------
@@ -646,43 +620,6 @@ class Reward:
         """The scores (B,) of responses, given as texts and as tokens (B, T)."""
         return sequence_scores(self.model, tokens, total_lens)
 
-class Rollout(NamedTuple):
-    """Episodes and what their updates need, without gradients: (B, T-1)."""
-    examples: list[Example]
-    mask: Tensor
-    logprobs: Tensor
-    ref_logprobs: Tensor
-    rewards: Tensor
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
-
-def ppo_backward(policy, value, rollout: Rollout, minibatch: list[int], cfg: PPO) -> dict:
-    """Accumulate the gradients of eq. (5) in the policy and of eq. (6) in the value network.
-
-    Returns both losses and the statistics of policy_loss and value_loss.
-    """
-    count = rollout.mask[minibatch].sum()
-    lengths = [len(example.ids) for example in rollout.examples]
-    found = []
-    for indices in microbatches(minibatch, lengths, cfg):
-        tokens, mask, _ = pad_examples([rollout.examples[i] for i in indices], cfg.device)
-        width = mask.size(1)
-        old_logprobs = rollout.logprobs[indices, :width]
-        advantages = rollout.advantages[indices, :width]
-        logprobs = token_logprobs(policy, tokens, mask)
-        loss, stats = policy_loss(
-            logprobs, old_logprobs, advantages, mask, cfg.cliprange, count)
-        old_values = rollout.values[indices, :width]
-        returns = rollout.returns[indices, :width]
-        values = value(tokens[:, :-1])
-        error, value_stats = value_loss(
-            values, old_values, returns, mask, cfg.cliprange_value, count)
-        (loss + error).backward()  # the two networks have no parameter in common
-        stats |= value_stats | {"loss/policy": loss, "loss/value": error}
-        found.append({key: x.item() for key, x in stats.items()})
-    return totals(found)
-
 def ppo(cfg: PPO) -> None:
     """Step 3: maximise the reward, with a KL term and a pretraining term (paper, eq. 2).
 
@@ -690,7 +627,6 @@ def ppo(cfg: PPO) -> None:
     """
     tokenizer = get_tokenizer(cfg.data)
     eos = tokenizer.eot_token
-    data = Path(cfg.data)
     reward = Reward(cfg)
     policy = load(cfg, cfg.init)
     ref = load(cfg, cfg.init)
@@ -700,7 +636,7 @@ def ppo(cfg: PPO) -> None:
     policy_optimizer = adam(policy)
     value_optimizer = adam(value)
     longest = longest_prompt(readers, cfg)
-    records = read_prompts(data / "prompts.jsonl", tokenizer, longest)
+    records = read_prompts(Path(cfg.data) / "prompts.jsonl", tokenizer, longest)
     records = records * math.ceil(cfg.iterations * cfg.rollout_size / len(records))
     gold = gold_function(records, cfg.gold)
     heldout = read_heldout(tokenizer, policy, cfg)
@@ -718,54 +654,63 @@ def ppo(cfg: PPO) -> None:
         batch = batch_at(records, cfg.rollout_size, iteration, cfg.seed)
         prompts = [record["prompt_ids"] for record in batch]
         sampled = sample_responses(policy, prompts, eos, cfg.max_new_tokens)
-        responses = []
-        logprobs_when_sampled = []
-        for response, own_logprobs in sampled:
-            responses.append(response)
-            logprobs_when_sampled += own_logprobs
+        responses = [response for response, _ in sampled]
         texts = [decode(tokenizer, response) for response in responses]
         examples = behind(prompts, responses)
-        _, mask, total_lens = pad_examples(examples, cfg.device)
+        _, mask, _ = pad_examples(examples, cfg.device)
 
         # 2. Let the reward model, the policy, the reference and the value network read them. The
         #    forward passes are those of the first updates, so the first ratio is exactly 1.
-        lengths = total_lens.tolist()
         minibatches = chunks(range(len(batch)), cfg.minibatch_size)
         scores = torch.zeros(len(batch), device=cfg.device)
-        logprobs = torch.zeros_like(mask)
+        old_logprobs = torch.zeros_like(mask)
         ref_logprobs = torch.zeros_like(mask)
-        values = torch.zeros_like(mask)
+        old_values = torch.zeros_like(mask)
         for minibatch in minibatches:
-            for indices in microbatches(minibatch, lengths, cfg):
+            for indices in microbatches(minibatch, examples, cfg):
                 tokens, some_mask, lens = pad_examples([examples[i] for i in indices], cfg.device)
                 width = some_mask.size(1)
                 some_prompts = [batch[i]["prompt"] for i in indices]
                 some_texts = [texts[i] for i in indices]
                 with torch.no_grad():
                     scores[indices] = reward(some_prompts, some_texts, tokens, lens)
-                    logprobs[indices, :width] = token_logprobs(policy, tokens, some_mask)
+                    old_logprobs[indices, :width] = token_logprobs(policy, tokens, some_mask)
                     ref_logprobs[indices, :width] = token_logprobs(ref, tokens, some_mask)
-                    values[indices, :width] = value(tokens[:, :-1])
-        all_sum(scores, logprobs, ref_logprobs, values)
+                    old_values[indices, :width] = value(tokens[:, :-1])
+        all_sum(scores, old_logprobs, ref_logprobs, old_values)
 
         # 3. Rewards per token, eq. (3); advantages and returns, eq. (4); whitened advantages. To
         #    leave out EOS never pays: without it, the score can only be lowered.
         raw_scores = scores
         ended = torch.tensor([response[-1] == eos for response in responses], device=cfg.device)
         scores = torch.where(ended, scores, scores.clamp(max=cfg.missing_eos_score))
-        rewards = kl_rewards(scores, logprobs, ref_logprobs, mask, cfg.kl_coef)
-        advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)
+        rewards = kl_rewards(scores, old_logprobs, ref_logprobs, mask, cfg.kl_coef)
+        advantages, returns = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)
         advantages = whiten(advantages, mask)
-        rollout = Rollout(
-            examples, mask, logprobs, ref_logprobs, rewards, values, advantages, returns)
 
-        # 4. Update both networks, one step per minibatch; the first pass keeps this order.
+        # 4. Update both networks, eq. (5) and (6), a step a minibatch; first in the order of 2.
         for _ in range(cfg.epochs - 1):
             minibatches += chunks(rng.permutation(len(batch)).tolist(), cfg.minibatch_size)
         warmup = min(1.0, 0.1 + 0.09 * iteration)  # from a tenth, over ten iterations (C.4)
         steps = []
         for minibatch in minibatches:
-            stats = ppo_backward(policy, value, rollout, minibatch, cfg)  # eq. (5) and (6)
+            count = mask[minibatch].sum()
+            passes = []
+            for indices in microbatches(minibatch, examples, cfg):
+                tokens, some_mask, _ = pad_examples([examples[i] for i in indices], cfg.device)
+                width = some_mask.size(1)
+                logprobs = token_logprobs(policy, tokens, some_mask)
+                loss, found = policy_loss(
+                    logprobs, old_logprobs[indices, :width], advantages[indices, :width],
+                    some_mask, cfg.cliprange, count)
+                values = value(tokens[:, :-1])
+                error, value_found = value_loss(
+                    values, old_values[indices, :width], returns[indices, :width],
+                    some_mask, cfg.cliprange_value, count)
+                (loss + error).backward()  # the two networks have no parameter in common
+                found |= value_found | {"loss/policy": loss, "loss/value": error}
+                passes.append({key: x.item() for key, x in found.items()})
+            stats = totals(passes)
             if not steps and abs(stats["val/ratio"] - 1) > 1e-4:
                 raise UserError(f"the first ratio is {stats['val/ratio']}, but should be 1")
             if stats["policy/approxkl"] > cfg.max_kl:
@@ -774,8 +719,8 @@ def ppo(cfg: PPO) -> None:
                 tqdm.write(f"approxkl exceeds --max_kl after {len(steps)} updates")
                 break
             if cfg.ptx_coef:  # its gradient is added to that of eq. (5) in the same buffers (C.4)
-                count = math.ceil(cfg.ptx_ratio * cfg.minibatch_size)
-                text = random_documents(documents, count, cfg.window, rng)
+                size = math.ceil(cfg.ptx_ratio * cfg.minibatch_size)
+                text = random_documents(documents, size, cfg.window, rng)
                 stats["loss/ptx"] = lm_pass(policy, text, cfg, cfg.ptx_coef)
             stats["policy/grad_norm"] = update(
                 policy, policy_optimizer, cfg.learning_rate * warmup)
@@ -788,48 +733,33 @@ def ppo(cfg: PPO) -> None:
         #    sampled KL can be negative, its expectation cannot.
         metrics = {}
         for key in steps[0]:
-            metrics[key] = float(np.mean([stats[key] for stats in steps]))
-        kl = ((logprobs - ref_logprobs) * mask).sum(1)
+            metrics[key] = np.mean([stats[key] for stats in steps])
+        kl = ((old_logprobs - ref_logprobs) * mask).sum(1)
         metrics["objective/scores"] = scores.mean().item()
         metrics["objective/raw_scores"] = raw_scores.mean().item()  # before that rule
         metrics["objective/kl"] = kl.mean().item()
         metrics["objective/rlhf_reward"] = (scores - cfg.kl_coef * kl).mean().item()
-        metrics["objective/entropy"] = -logprobs.sum(1).mean().item()
+        metrics["objective/entropy"] = -old_logprobs.sum(1).mean().item()
         metrics["eos_fraction"] = ended.float().mean().item()
         metrics["response_length"] = mask.sum(1).mean().item()
         metrics["learning_rate"] = cfg.learning_rate * warmup
         metrics["value_learning_rate"] = cfg.value_learning_rate * warmup
-        when_sampled = torch.tensor(logprobs_when_sampled, device=cfg.device)
-        metrics["sampler_gap"] = (when_sampled - logprobs[mask > 0]).abs().max().item()
+        when_sampled = sum([own_logprobs for _, own_logprobs in sampled], [])
+        gaps = torch.tensor(when_sampled, device=cfg.device) - old_logprobs[mask > 0]
+        metrics["sampler_gap"] = gaps.abs().max().item()
         variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask).item()
         if variance > 0:
             metrics["val/var_explained"] = 1 - metrics["val/error"] / variance
         if gold:  # the truth that the reward model stands in for; it trains nothing
             judged = [sum(gold(record, text).values()) for record, text in zip(batch, texts)]
-            metrics["objective/gold"] = float(np.mean(judged))
+            metrics["objective/gold"] = np.mean(judged)
         if iteration % 10 == 0 or iteration + 1 == cfg.iterations:
             if heldout:
                 metrics["heldout/loss"] = lm_pass(policy, heldout, cfg)
             tqdm.write(f"{batch[0]['prompt']!r} {texts[0]!r} scores {scores[0].item():.2f}")
-        if iteration + 1 == cfg.iterations:
-            tqdm.write(episode_table(tokenizer, rollout))
         run.log(metrics, "objective/scores", "objective/kl")
     save(checkpoint(cfg, f"{cfg.name}_raw"), policy)  # the weights of the last step
     run.finish(ema)
-
-def episode_table(tokenizer, rollout: Rollout) -> str:
-    """The first episode of a rollout, a line for each token of the response."""
-    example = rollout.examples[0]
-    lines = [f"{'token':16}  log pi log ref      KL  reward   value  advantage (whitened)"]
-    for t in range(example.prompt_len - 1, len(example.ids) - 1):
-        token = repr(tokenizer.decode([example.ids[t + 1]]))
-        logprob = rollout.logprobs[0, t].item()
-        ref_logprob = rollout.ref_logprobs[0, t].item()
-        line = f"{token:16}{logprob:8.2f}{ref_logprob:8.2f}{logprob - ref_logprob:8.2f}"
-        for numbers in (rollout.rewards, rollout.values, rollout.advantages):
-            line += f"{numbers[0, t].item():8.2f}"
-        lines.append(line)
-    return "\n".join(lines)
 
 def value_network(policy: GPT, cfg: PPO) -> ScalarModel:
     """A copy of the reward model (C.4), or, if there is no such checkpoint, of the policy."""
@@ -839,13 +769,13 @@ def value_network(policy: GPT, cfg: PPO) -> ScalarModel:
     return scalar_model(policy)
 
 @torch.no_grad()
-def ema_update(ema: torch.nn.Module, model: torch.nn.Module, decay: float) -> None:
+def ema_update(ema, model, decay: float) -> None:
     """ema <- decay ema + (1 - decay) model."""
     for average, new in zip(ema.parameters(), model.parameters()):
         average.lerp_(new, 1 - decay)
 
-def behind(prompts: list[list[int]], responses: list[list[int]]) -> list[Example]:
-    """Each response behind its prompt."""
+def behind(prompts, responses) -> list[Example]:
+    """Each response behind its prompt, both lists of ids."""
     return [Example(ids + response, len(ids)) for ids, response in zip(prompts, responses)]
 
 # ---- DPO, an alternative to steps 2 and 3 ----------------------------------------------
@@ -862,8 +792,7 @@ def dpo(cfg: DPO) -> None:
     steps_per_epoch = math.ceil(len(rankings) / cfg.batch_size)
     total = cfg.epochs * steps_per_epoch
     optimizer = adam(policy)
-    files = ["comparisons.jsonl", "comparisons_valid.jsonl"]
-    run = Run(cfg, total, files, [policy, optimizer])
+    run = Run(cfg, total, ["comparisons.jsonl", "comparisons_valid.jsonl"], [policy, optimizer])
     for step in run.steps():
         batch = batch_at(rankings, cfg.batch_size, step, cfg.seed)
         metrics = dpo_pass(policy, ref, batch, cfg, train=True)
@@ -876,18 +805,17 @@ def dpo(cfg: DPO) -> None:
         run.log(metrics, "loss", "accuracy")
     run.finish(policy)
 
-def dpo_pass(policy, ref, rankings: list[Ranking], cfg: DPO, train: bool) -> dict[str, float]:
+def dpo_pass(policy, ref, rankings: list[Ranking], cfg: DPO, train: bool) -> dict:
     """DPO's loss on the rankings, in nats a pair; accumulates its gradient in training.
 
-    Also returns means over pairs: how often the winner has the higher reward and by how much,
-    and the winner's log-probability, which falls if DPO goes wrong.
+    Also returns means over pairs: how often the winner has the higher reward, by how much, and
+    its log-probability, which falls if DPO goes wrong.
     """
     found = []
     for ranked in ranked_passes(rankings, cfg):
         rewards = torch.zeros(len(ranked.examples), device=cfg.device)
         chosen = torch.zeros_like(rewards)
-        lengths = [len(example.ids) for example in ranked.examples]
-        for indices in by_length(range(len(lengths)), lengths, cfg.microbatch_size, cfg.device):
+        for indices in by_length(range(len(rewards)), ranked.examples, cfg):
             tokens, mask, _ = pad_examples([ranked.examples[i] for i in indices], cfg.device)
             with torch.set_grad_enabled(train):
                 logprobs = token_logprobs(policy, tokens, mask)
@@ -895,7 +823,7 @@ def dpo_pass(policy, ref, rankings: list[Ranking], cfg: DPO, train: bool) -> dic
                 ref_logprobs = token_logprobs(ref, tokens, mask)
             rewards[indices] = implicit_rewards(logprobs, ref_logprobs, mask, cfg.beta)
             chosen[indices] = logprobs.detach().sum(1)
-        loss = pairwise_loss(rewards, ranked.ranks, ranked.groups, untied(rankings))
+        loss = pairwise_loss(rewards, ranked.ranks, ranked.groups, ranked.count)
         if train:
             loss.backward()
         winner, loser = preferences(ranked.ranks, ranked.groups)
@@ -922,16 +850,7 @@ def win_rate(own: np.ndarray, other: np.ndarray) -> tuple[float, float]:
     equal = own[:, None] == other
     outcomes = (better + 0.5 * equal).mean((0, 1))  # (N,)
     error = outcomes.std() / math.sqrt(max(1, len(outcomes) - 1))
-    return float(outcomes.mean()), float(1.96 * error)
-
-def probe_accuracy(policy: GPT, probes: list[dict], tokenizer, max_new_tokens: int) -> float:
-    """The share of in-context tasks whose greedy continuation begins with the answer."""
-    prompts = [probe["prompt_ids"] for probe in probes]
-    responses = complete(policy, prompts, tokenizer.eot_token, max_new_tokens, temperature=0)
-    right = 0
-    for probe, response in zip(probes, responses):
-        right += decode(tokenizer, response).startswith(probe["completion"])
-    return right / len(probes)
+    return outcomes.mean(), 1.96 * error
 
 @torch.no_grad()
 def evaluate(cfg: Evaluate) -> None:
@@ -944,18 +863,15 @@ def evaluate(cfg: Evaluate) -> None:
     eos = tokenizer.eot_token
     data = Path(cfg.data)
     policies = {}  # "gpt+fewshot" is gpt with two examples before each prompt
-    for title in cfg.models.split(","):
-        name = title.strip().split("+")[0]
-        if checkpoint(cfg, name).exists():
-            policies[title.strip()] = load(cfg, name)
-        else:
-            print(f"{title.strip()} is left out: there is no {checkpoint(cfg, name)}")
+    for title in map(str.strip, cfg.models.split(",")):
+        policy = load_if_there(cfg, title.split("+")[0], GPT)
+        if policy:
+            policies[title] = policy
     if not policies:
         raise UserError(f"none of the --models {cfg.models} is in {cfg.out}: train one first")
     ref = load_if_there(cfg, cfg.reference, GPT)
     reward_model = load_if_there(cfg, cfg.reward_model, ScalarModel)
-    readers = [model for model in (*policies.values(), ref, reward_model) if model]
-    longest = longest_prompt(readers, cfg)
+    longest = longest_prompt([*policies.values(), ref, reward_model], cfg)
     records = read_prompts(data / cfg.prompts, tokenizer, longest) * cfg.samples
     gold = gold_function(records, cfg.gold)
     probes = {}  # kind of task -> tasks
@@ -982,27 +898,31 @@ def evaluate(cfg: Evaluate) -> None:
         if gold:
             axes = [gold(record, turn) for record, turn in zip(records, turns)]
             for axis in axes[0]:
-                row[axis] = float(np.mean([judged[axis] for judged in axes]))
+                row[axis] = np.mean([judged[axis] for judged in axes])
             gold_totals = np.array([sum(judged.values()) for judged in axes])
             gold_scores[title] = gold_totals.reshape(cfg.samples, -1)
         if reward_model:
-            context = reward_model.config.block_size
-            sequences = []
+            examples = []
             for prompt, turn in zip(prompts, turns):
                 ids = prompt + encode(tokenizer, turn) + [eos]
-                sequences.append(ids[-context:])
-            row["RM score"] = score(reward_model, sequences, cfg).mean().item()
-        row["length"] = float(np.mean([len(response) for response in responses]))
+                examples.append(Example(ids[-reward_model.config.block_size :], 0))
+            row["RM score"] = score(reward_model, examples, cfg).mean().item()
+        row["length"] = np.mean([len(response) for response in responses])
         if ref:  # mean over responses of log pi(y|x) - log ref(y|x), in nats
             own_loss = lm_pass(policy, behind(shown, responses), cfg)
             ref_loss = lm_pass(ref, behind(prompts, responses), cfg)
             row["KL"] = (ref_loss - own_loss) * row["length"]
-        row["EOS"] = float(np.mean([response[-1] == eos for response in responses]))
+        row["EOS"] = np.mean([response[-1] == eos for response in responses])
         heldout = read_heldout(tokenizer, policy, cfg)
         if heldout:
             row["held-out loss"] = lm_pass(policy, heldout, cfg)
         for task, own_probes in probes.items():
-            row[task] = probe_accuracy(policy, own_probes, tokenizer, cfg.max_new_tokens)
+            asked = [probe["prompt_ids"] for probe in own_probes]
+            answers = complete(policy, asked, eos, cfg.max_new_tokens, temperature=0)
+            right = []
+            for probe, answer in zip(own_probes, answers):
+                right.append(decode(tokenizer, answer).startswith(probe["completion"]))
+            row[task] = np.mean(right)
         table[title] = row
     if gold and cfg.baseline not in table:
         print(f"There are no win rates, as --baseline {cfg.baseline} is not in the table.")
@@ -1011,20 +931,20 @@ def evaluate(cfg: Evaluate) -> None:
             rate, margin = win_rate(gold_scores[title], gold_scores[cfg.baseline])
             table[title] = {"win rate": rate, "±": margin, **table[title]}
     print(markdown(table))
-    gold_lists = {title: scores.tolist() for title, scores in gold_scores.items()}
-    content = json.dumps({
-        "prompts": cfg.prompts, "samples": cfg.samples, "table": table, "gold": gold_lists,
+    found = {
+        "prompts": cfg.prompts, "samples": cfg.samples, "table": table, "gold": gold_scores,
         "responses": written
-    })
+    }
+    content = json.dumps(found, default=np.ndarray.tolist)
     for suffix, text in ((".md", markdown(table)), (".json", content)):
         with replacing(Path(cfg.out) / (cfg.name + suffix)) as file:
             file.write(f"{text}\n".encode())
 
 def load_if_there(cfg: Evaluate, name: str, kind: type):
-    """The model, or None, and a line that says which columns are missing for want of it."""
+    """The model, or None, and a line that says what the table lacks."""
     if checkpoint(cfg, name).exists():
         return load(cfg, name, kind)
-    print(f"There is no {checkpoint(cfg, name)}: its column is left out.")
+    print(f"There is no {checkpoint(cfg, name)}: its row or column is left out.")
 
 def markdown(table: dict[str, dict[str, float]]) -> str:
     """{row: {column: value}} -> a Markdown table."""
@@ -1044,12 +964,8 @@ def chat(cfg: Chat) -> None:
     while text := input("\nHuman: ").strip():
         messages.append({"role": "user", "content": text})
         ids = encode(tokenizer, render(messages))
-        while len(ids) > longest and len(messages) > 1:
-            print("(The context is full: the oldest question and answer are forgotten.)")
-            messages = messages[2:]
-            ids = encode(tokenizer, render(messages))
         if len(ids) > longest:
-            print(f"(This is too long: only the last {longest} tokens are read.)")
+            print(f"(The context is full: only the last {longest} tokens are read.)")
         responses = complete(policy, [ids[-longest:]], tokenizer.eot_token, cfg.max_new_tokens,
                              cfg.temperature)
         reply = own_turn(decode(tokenizer, responses[0])).strip()
@@ -1081,21 +997,14 @@ def read_tensors(path: Path) -> dict:
         raise UserError(f"{path} is damaged or not a checkpoint: train it again") from None
 
 def load(cfg: Settings, name: str, kind: type = GPT, dropout: float = 0.0) -> GPT | ScalarModel:
-    """The model of a checkpoint, in eval mode.
-
-    Raises UserError if it is missing, damaged, of another kind, or trained on another
-    vocabulary than that of the data.
-    """
+    """The model of a checkpoint, in eval mode; UserError if it is not what is asked for."""
     path = checkpoint(cfg, name)
     content = read_tensors(path)
     if content.get("kind") != kind.__name__:
         raise UserError(f"{path} holds a {content.get('kind')}, but a {kind.__name__} is needed")
-    try:
-        config = GPTConfig(**content["config"] | {"dropout": dropout})
-        model = kind(config)
-        model.load_state_dict(content["model"])
-    except Exception:
-        raise UserError(f"{path} does not fit its own description: train it again") from None
+    config = GPTConfig(**content["config"] | {"dropout": dropout})
+    model = kind(config)
+    model.load_state_dict(content["model"])
     if cfg.data:
         tokenizer = get_tokenizer(cfg.data)
         known = config.vocabulary or fingerprint(tokenizer)
@@ -1104,11 +1013,10 @@ def load(cfg: Settings, name: str, kind: type = GPT, dropout: float = 0.0) -> GP
     return model.float().to(cfg.device).eval()
 
 def longest_prompt(models: list, cfg: Settings) -> int:
-    """The longest prompt, in tokens, that leaves all of the models room for a response."""
-    context = min(model.config.block_size for model in models)
+    """The longest prompt, in tokens, that leaves all models that are there room for a response."""
+    context = min(model.config.block_size for model in models if model)
     if cfg.max_new_tokens >= context:
-        flag = f"--max_new_tokens {cfg.max_new_tokens}"
-        raise UserError(f"{flag} leaves no room for a prompt in a context of {context} tokens")
+        raise UserError(f"--max_new_tokens should be below {context}, to leave room for a prompt")
     return context - cfg.max_new_tokens
 
 # ---- A run: its log, and how it goes on after a stop -----------------------------------
@@ -1116,10 +1024,9 @@ def longest_prompt(models: list, cfg: Settings) -> int:
 class Run:
     """What a stage that trains leaves in out/<name>/: metrics.jsonl and state.pt.
 
-    No state of a random generator is saved: each step has seeds of its own, so step n is the
-    same whoever starts it. Killed at any moment, --resume goes on from the last save. `files`
-    are those of the data set that decide the outcome, `parts` the models and optimizers that
-    change.
+    Each step has a seed of its own, so step n is the same whoever starts it: killed at any
+    moment, --resume goes on from the last save to the same bits. `files` of the data set decide
+    the outcome; `parts`, models and optimizers, change.
     """
     def __init__(self, cfg: Training, total: int, files: list[str], parts: list):
         self.cfg = cfg
@@ -1149,13 +1056,11 @@ class Run:
             self.file.truncate(0)
 
     def restore(self, state: dict) -> None:
-        if "identity" not in state:
-            raise UserError(f"{self.state_path} is not the state of a run: delete it")
-        before = state["identity"]
+        before = state.get("identity", {})
         changed = [key for key in self.identity if before.get(key) != self.identity[key]]
         if changed:
             advice = "run it again without --resume, or with another --name"
-            raise UserError(f"{', '.join(changed)} changed since this run was begun; {advice}")
+            raise UserError(f"{', '.join(changed)} changed since {self.state_path}; {advice}")
         if state["finished"]:
             if checkpoint(self.cfg, self.cfg.name).exists():
                 print(f"{self.cfg.name}: finished already")
@@ -1198,7 +1103,7 @@ class Run:
         self.stop_asked = True
         tqdm.write("Stopping after this step.")
 
-    def log(self, metrics: dict[str, float], *shown: str) -> None:
+    def log(self, metrics: dict, *shown: str) -> None:
         """Write a line of metrics.jsonl; `shown` keys appear beside the progress bar."""
         line = {"step": self.step + 1, "seconds": round(time.time() - self.began, 2), **metrics}
         print(json.dumps(line), file=self.file, flush=True)
@@ -1223,7 +1128,7 @@ class Run:
         self.file.close()
         self.bar.close()
 
-def describe(metrics: dict[str, float]) -> str:
+def describe(metrics: dict) -> str:
     return ", ".join(f"{key} {value:.3f}" for key, value in metrics.items())
 
 # ---- The command line ------------------------------------------------------------------
@@ -1234,12 +1139,11 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
     """A flag for every field of a settings class; the comment beside the field is its help."""
     comments = {}
     for ancestor in reversed(settings.__mro__[:-1]):
-        found = re.findall(r"^    (\w+): .*?  # (.*)$", source_of(ancestor), re.M)
-        comments |= dict(found)
+        comments |= re.findall(r"^    (\w+): .*?  # (.*)$", source_of(ancestor), re.M)
     for field in fields(settings):
         text = f"{comments.get(field.name, '')} [{field.default}]".replace("%", "%%")
         options = {"default": field.default, "help": text}
-        kind = (get_args(field.type) or [field.type])[0]  # of float | None, the first
+        kind = (get_args(field.type) or [field.type])[0]  # of float | None, and with limits
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif kind in (int, float):
@@ -1250,10 +1154,11 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
 
 def settle(cfg: Settings) -> None:
     """Refuse numbers that make no sense, and decide what "auto" means on this machine."""
-    for name, value in asdict(cfg).items():
-        low, high = LIMITS.get(name, (-math.inf, math.inf))
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            raise UserError(f"--{name} {value} should be from {low} to {high}")
+    for field in fields(cfg):
+        value = getattr(cfg, field.name)
+        low, high = getattr(field.type, "__metadata__", (None, None))
+        if low is not None and not low <= value <= high:
+            raise UserError(f"--{field.name} {value} should be from {low} to {high}")
     if getattr(cfg, "name", None) in (getattr(cfg, "init", ""), getattr(cfg, "reward_model", "")):
         raise UserError(f"--name {cfg.name} is a model that this run starts from")
     if cfg.device == "auto":
@@ -1272,18 +1177,12 @@ def run_stage(stage, cfg: Settings) -> None:
         torch.manual_seed(cfg.seed)
         half = cfg.dtype == "bfloat16"
         # without a cache of weights in bfloat16, which a recorded step cannot use
-        with torch.autocast(cfg.device, torch.bfloat16, half, cache_enabled=False):
-            with joined(cfg.device):
-                stage(cfg)
-    except UserError as error:
+        with joined(cfg.device), torch.autocast(cfg.device, torch.bfloat16, half, False):
+            stage(cfg)
+    except (UserError, OSError) as error:
         sys.exit(f"{stage.__name__}: {error}")
-    except OSError as error:
-        sys.exit(f"{stage.__name__}: {error.filename or cfg.out}: {error.strerror or error}")
-    except (MemoryError, RuntimeError) as error:
-        if "memory" not in repr(error).lower():
-            raise
-        size = f"--microbatch_size, now {cfg.microbatch_size}"
-        sys.exit(f"{stage.__name__}: out of memory; lower {size}, or --max_new_tokens")
+    except (MemoryError, torch.OutOfMemoryError):
+        sys.exit(f"{stage.__name__}: out of memory; lower --microbatch_size {cfg.microbatch_size}")
     except EOFError:  # the end of what a person types
         print()
     except KeyboardInterrupt as error:

@@ -122,12 +122,12 @@ def rank_by_machine(cfg: Label) -> None:
 
 def rank_by_model(judge: ScalarModel, row: dict, sampler: Sampler) -> list[int]:
     """Rank by score, equal texts alike. Of a long text the judge reads the end."""
-    sequences = []
+    examples = []
     for text in row["completions"]:
         ids = files.example(sampler.tokenizer, row["prompt"], text).ids
-        sequences.append(ids[-judge.config.block_size :])
+        examples.append(files.Example(ids[-judge.config.block_size :], 0))
     with torch.no_grad():
-        scores = rlhf.score(judge, sequences, sampler.cfg).tolist()
+        scores = rlhf.score(judge, examples, sampler.cfg).tolist()
     score_of = dict(zip(row["completions"], scores))
     best_first = sorted(set(score_of.values()), reverse=True)
     return [best_first.index(score_of[text]) for text in row["completions"]]

@@ -61,11 +61,13 @@ def test_samples_come_with_the_log_probabilities_that_are_scored(policy, prompts
 @pytest.mark.parametrize("lengths, size, device, expected", [
     ([10, 10, 11, 12, 300, 900], 4, "cuda", [[4, 5], [0, 1, 2, 3]]),
     ([10, 10, 11, 12, 300, 900], 4, "cpu", [[5], [4], [0, 1, 2, 3]]),  # 4 with 5: 600 more
-    ([3, 2, 1], 0, "cpu", [[0], [1], [2]]), ([20, 20, 83, 83], 4, "cpu", [[0, 1, 2, 3]]),
+    ([3, 2, 1], 1, "cpu", [[0], [1], [2]]), ([20, 20, 83, 83], 4, "cpu", [[0, 1, 2, 3]]),
     ([20, 20, 84, 84], 4, "cpu", [[2, 3], [0, 1]]),  # saves 128 columns of padding
 ])
 def test_passes_have_rows_of_like_length(lengths, size, device, expected):
-    passes = rlhf.by_length(range(len(lengths)), lengths, size, device)
+    cfg = rlhf.Settings(microbatch_size=size, device=device)
+    examples = [Example([0] * length, 0) for length in lengths]
+    passes = rlhf.by_length(range(len(lengths)), examples, cfg)
     assert sorted(map(sorted, passes)) == sorted(expected)
 
 def test_update_refuses_a_gradient_that_is_not_finite(policy):
@@ -687,5 +689,5 @@ def test_impossible_settings_are_refused(tmp_path):
     assert (cfg.device, cfg.dtype) in (("cpu", "float32"), ("cuda", "bfloat16"))
     assert rlhf.longest_prompt([gpt(block_size=40), gpt(block_size=32)], cfg) == 27
     cfg.max_new_tokens = 32
-    with pytest.raises(UserError, match="--max_new_tokens 32 leaves no room"):
+    with pytest.raises(UserError, match="--max_new_tokens should be below 32"):
         rlhf.longest_prompt([gpt(block_size=32)], cfg)

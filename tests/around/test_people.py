@@ -276,8 +276,8 @@ def test_a_reward_model_ranks_by_its_score(folder, type_in, fixed):
     tokenizer = files.get_tokenizer(folder)
     assert len(read_jsonl(folder / "comparisons_valid.jsonl")) == 5
     for row in read_jsonl(folder / "comparisons.jsonl"):
-        sequences = [files.example(tokenizer, row["prompt"], text).ids for text in texts]
-        scores = rlhf.score(judge, sequences[:3], cfg).tolist()
+        examples = [files.example(tokenizer, row["prompt"], text) for text in texts]
+        scores = rlhf.score(judge, examples[:3], cfg).tolist()
         best_first = sorted(range(3), key=scores.__getitem__, reverse=True)
         assert [row["ranks"][i] for i in best_first] == [0, 1, 2]
         assert row["ranks"][3] == row["ranks"][0] and row["labeler"] == f"{folder}/judge.pt"
