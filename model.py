@@ -47,13 +47,13 @@ class KVCache:
         self.column = columns[width - 1 : width]  # the last one written
 
     def next_token(self):
-        """Each row goes on by one token, which is read next."""
+        """Make room for each row's next token."""
         self.position += 1
         self.column += 1
         self.mask.index_fill_(3, self.column, True)
 
     def append(self, layer, keys_values):
-        """Store (2, B, H, T, D) of the prompts or of one token; what to read, and a mask."""
+        """Store keys and values (2, B, H, T, D); returns those to attend to, and the mask."""
         if layer not in self.layers:  # the prompts, which attention reads causally, with no mask
             self.layers[layer] = F.pad(keys_values, (0, 0, 0, self.max_new_tokens))
             return keys_values, None
@@ -246,7 +246,7 @@ def respond(model, prompts, max_new_tokens, eos, temperature=1.0):
         states = step(token)
     sampled = []
     for ids, values in zip(responses.tolist(), logprobs.tolist()):
-        if eos in ids:  # what follows it belongs to nobody
+        if eos in ids:  # a row that has ended may have gone on sampling
             ids = ids[: ids.index(eos) + 1]
         sampled.append((ids, values[: len(ids)]))
     return sampled

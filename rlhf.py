@@ -2,16 +2,16 @@
 
     pretrain -> sft (step 1) -> rm (step 2) -> ppo (step 3), or dpo -> evaluate, chat
 
-Symbols, the paper's and ours (the paper uses r and gamma for two things each):
+Symbols, the paper's and ours (gamma is its ptx coefficient, elsewhere the discount):
 
     pi^RL, pi^SFT   policy, ref       eq. 2     gamma      ptx_coef      eq. 2
     r_theta(x, y)   scores (B,)       eq. 1     discount   gamma = 1     C.4
     beta            kl_coef           eq. 2     lambda     lam           not stated
     pi / pi_old     ratio (B, T-1)    PPO       epsilon    cliprange     C.4
 
-All tensors share one layout. A row is prompt, response, padding. Whatever belongs to a token is
-aligned with the action that chose it: column t is the state after reading tokens[:, :t+1], and its
-action is tokens[:, t+1].
+All tensors share one layout. A row is prompt, response, padding. Whatever belongs to a token (its
+log-probability, reward, value) is kept in the column where it was chosen: column t is the state
+after reading tokens[:, :t+1], and its action is tokens[:, t+1].
 
     tokens   (B, T)    p0   p1   p2   r0   r1   EOS  pad  pad
     column t           0    1    2    3    4    5    6
@@ -94,9 +94,9 @@ def kl_rewards(
 ) -> Tensor:
     """eq. (3): r(x, y) - beta log(pi / ref), token by token (paper, eq. 2): -> (B, T-1).
 
-    scores (B,), the rest (B, T-1). Used as a reward, the plain log-ratio (k1) is the one
-    estimator of the KL with the right expected gradient. The score always lands on the last
-    response token.
+    scores (B,), the rest (B, T-1). Of the estimators of the KL in use (k1, k2, k3) only the
+    plain log-ratio, k1, has the right expected gradient as a reward. The score always lands on
+    the last response token.
     """
     rewards = torch.where(mask > 0, -kl_coef * (logprobs - ref_logprobs), 0)
     columns = torch.arange(mask.size(1), device=mask.device)
@@ -123,7 +123,10 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
     return advantages, advantages + values
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0 and population variance 1 over all valid tokens, else 0: -> (B, T-1)."""
+    """Mean 0 and population variance 1 over all valid tokens, else 0: -> (B, T-1).
+
+    Not stated by the paper. OpenAI's code of 2019 whitens each minibatch, we the whole rollout.
+    """
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
     return torch.where(mask > 0, (x - mean) * torch.rsqrt(variance + 1e-8), 0)
@@ -134,9 +137,10 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """eq. (5): -E[min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)], ratio = pi / pi_old.
 
-    The clipped objective of PPO (Schulman et al. 2017, eq. 7): all (B, T-1) -> (). Also
-    returns means over response tokens: the ratio, how often the clip takes effect, and half
-    the squared log-ratio, an estimate of KL(pi_old || pi) in nats a token.
+    The clipped objective of PPO (Schulman et al. 2017, eq. 7): all (B, T-1) -> (). That
+    every token weighs the same is our choice. Also returns means over response tokens: the
+    ratio, how often the clip takes effect, and half the squared log-ratio, an estimate of
+    KL(pi_old || pi) in nats a token.
     """
     log_ratio = torch.where(mask > 0, logprobs - old_logprobs, 0)
     ratio = log_ratio.exp()
@@ -278,11 +282,11 @@ def complete(policy, prompts, eos, max_new_tokens, temperature=1.0) -> list[list
 # ---- Optimization ----------------------------------------------------------------------
 
 def adam(model) -> torch.optim.Adam:
-    """Betas as in appendix C; the paper gives no epsilon (GPT-3's) and no weight decay (0)."""
+    """Betas as in appendix C; the paper gives no epsilon (we use GPT-3's) and no weight decay."""
     return torch.optim.Adam(model.parameters(), betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 def schedule(step: int, total: int, warmup: float = 0.0) -> float:
-    """The factor on the peak learning rate: linear warmup, cosine to a tenth (C.1, C.2)."""
+    """The factor on the peak learning rate: cosine to a tenth (C.1, C.2), after our warmup."""
     cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * step / total))
     return min(cosine, (step + 1) / max(1, warmup * total))
 
@@ -383,7 +387,7 @@ class PPO(Training):
     minibatch_size: Count = 32  # episodes per optimizer step (paper: 64)
     epochs: Count = 1  # passes over a rollout (paper: 1)
     learning_rate: NotNegative = 3e-4  # of the policy, after a warmup from a tenth (paper: swept)
-    value_learning_rate: NotNegative = 5e-4  # of the value network (paper: 9e-6, no warmup)
+    value_learning_rate: NotNegative = 5e-4  # of the value network, warmed up alike (paper: 9e-6)
     kl_coef: NotNegative = 0.16  # beta (paper: 0.02)
     ptx_coef: NotNegative = 0.5  # gamma; 0 is plain PPO (paper: 27.8, of unknown scale)
     ptx_ratio: NotNegative = 1.0  # rows of pretraining text per episode (paper: 8)
@@ -394,7 +398,7 @@ class PPO(Training):
     cliprange_value: NotNegative = 0.2  # of the value's change (not stated; OpenAI, 2019: 0.2)
     max_kl: NotNegative = 0.1  # end an iteration's updates when approxkl exceeds this (our guard)
     missing_eos_score: float = -1.0  # highest score without EOS (OpenAI in 2019: always -1)
-    ema_decay: Fraction = 0.992  # per step, of the weights that are saved (paper: 0.992)
+    ema_decay: Fraction = 0.992  # per step (our choice), of the saved weights (paper: 0.992)
 
 @dataclass
 class DPO(Training):
@@ -429,7 +433,7 @@ CHOICES["dtype"] = ("auto", "float32", "bfloat16")
 # ---- Pretraining, and step 1: supervised fine-tuning -----------------------------------
 
 def pretrain(cfg: Pretrain) -> None:
-    """Train a GPT from nothing on raw text: the abilities that the later steps only steer."""
+    """Train a GPT from random weights on raw text: what it learns here, later steps only steer."""
     tokenizer = get_tokenizer(cfg.data)
     documents = read_documents(Path(cfg.data) / "pretrain.txt", tokenizer)
     vocabulary = fingerprint(tokenizer)
@@ -637,7 +641,7 @@ def ppo(cfg: PPO) -> None:
     value_optimizer = adam(value)
     longest = longest_prompt(readers, cfg)
     records = read_prompts(Path(cfg.data) / "prompts.jsonl", tokenizer, longest)
-    records = records * math.ceil(cfg.iterations * cfg.rollout_size / len(records))
+    records = records * math.ceil(cfg.iterations * cfg.rollout_size / len(records))  # enough
     gold = gold_function(records, cfg.gold)
     heldout = read_heldout(tokenizer, policy, cfg)
     files = ["prompts.jsonl", "pretrain_valid.txt"]
@@ -679,8 +683,8 @@ def ppo(cfg: PPO) -> None:
                     old_values[indices, :width] = value(tokens[:, :-1])
         all_sum(scores, old_logprobs, ref_logprobs, old_values)
 
-        # 3. Rewards per token, eq. (3); advantages and returns, eq. (4); whitened advantages. To
-        #    leave out EOS never pays: without it, the score can only be lowered.
+        # 3. Rewards per token, eq. (3); advantages and returns, eq. (4); whitened advantages.
+        #    Without EOS, a score is at most missing_eos_score, and never raised to it.
         raw_scores = scores
         ended = torch.tensor([response[-1] == eos for response in responses], device=cfg.device)
         scores = torch.where(ended, scores, scores.clamp(max=cfg.missing_eos_score))
@@ -691,7 +695,7 @@ def ppo(cfg: PPO) -> None:
         # 4. Update both networks, eq. (5) and (6), a step a minibatch; first in the order of 2.
         for _ in range(cfg.epochs - 1):
             minibatches += chunks(rng.permutation(len(batch)).tolist(), cfg.minibatch_size)
-        warmup = min(1.0, 0.1 + 0.09 * iteration)  # from a tenth, over ten iterations (C.4)
+        warmup = min(1.0, 0.1 + 0.09 * iteration)  # over ten iterations (C.4: the policy's)
         steps = []
         for minibatch in minibatches:
             count = mask[minibatch].sum()
@@ -700,15 +704,16 @@ def ppo(cfg: PPO) -> None:
                 tokens, some_mask, _ = pad_examples([examples[i] for i in indices], cfg.device)
                 width = some_mask.size(1)
                 logprobs = token_logprobs(policy, tokens, some_mask)
-                loss, found = policy_loss(
+                policy_term, found = policy_loss(
                     logprobs, old_logprobs[indices, :width], advantages[indices, :width],
                     some_mask, cfg.cliprange, count)
                 values = value(tokens[:, :-1])
-                error, value_found = value_loss(
+                value_term, value_found = value_loss(
                     values, old_values[indices, :width], returns[indices, :width],
                     some_mask, cfg.cliprange_value, count)
-                (loss + error).backward()  # the two networks have no parameter in common
-                found |= value_found | {"loss/policy": loss, "loss/value": error}
+                (policy_term + value_term).backward()  # of networks without common parameters
+                found |= value_found
+                found |= {"loss/policy": policy_term, "loss/value": value_term}
                 passes.append({key: x.item() for key, x in found.items()})
             stats = totals(passes)
             if not steps and abs(stats["val/ratio"] - 1) > 1e-4:
@@ -736,7 +741,7 @@ def ppo(cfg: PPO) -> None:
             metrics[key] = np.mean([stats[key] for stats in steps])
         kl = ((old_logprobs - ref_logprobs) * mask).sum(1)
         metrics["objective/scores"] = scores.mean().item()
-        metrics["objective/raw_scores"] = raw_scores.mean().item()  # before that rule
+        metrics["objective/raw_scores"] = raw_scores.mean().item()  # without missing_eos_score
         metrics["objective/kl"] = kl.mean().item()
         metrics["objective/rlhf_reward"] = (scores - cfg.kl_coef * kl).mean().item()
         metrics["objective/entropy"] = -old_logprobs.sum(1).mean().item()
@@ -750,19 +755,35 @@ def ppo(cfg: PPO) -> None:
         variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask).item()
         if variance > 0:
             metrics["val/var_explained"] = 1 - metrics["val/error"] / variance
-        if gold:  # the truth that the reward model stands in for; it trains nothing
+        if gold:  # the truth that labelers and reward model stand in for; only shown
             judged = [sum(gold(record, text).values()) for record, text in zip(batch, texts)]
             metrics["objective/gold"] = np.mean(judged)
         if iteration % 10 == 0 or iteration + 1 == cfg.iterations:
             if heldout:
                 metrics["heldout/loss"] = lm_pass(policy, heldout, cfg)
             tqdm.write(f"{batch[0]['prompt']!r} {texts[0]!r} scores {scores[0].item():.2f}")
+        if iteration + 1 == cfg.iterations:
+            tqdm.write(episode_table(tokenizer, examples[0], {
+                "log pi": old_logprobs, "log ref": ref_logprobs,
+                "KL": old_logprobs - ref_logprobs, "reward": rewards, "value": old_values,
+                "advantage": advantages
+            }))
         run.log(metrics, "objective/scores", "objective/kl")
     save(checkpoint(cfg, f"{cfg.name}_raw"), policy)  # the weights of the last step
     run.finish(ema)
 
+def episode_table(tokenizer, example: Example, columns: dict[str, Tensor]) -> str:
+    """The first row of each tensor (B, T-1), a line for each token of the response."""
+    lines = [f"{'token':16}" + "".join(f"{name:>10}" for name in columns)]
+    for t in range(example.prompt_len - 1, len(example.ids) - 1):
+        line = f"{tokenizer.decode([example.ids[t + 1]])!r:16}"
+        for values in columns.values():
+            line += f"{values[0, t].item():10.2f}"
+        lines.append(line)
+    return "\n".join(lines)
+
 def value_network(policy: GPT, cfg: PPO) -> ScalarModel:
-    """A copy of the reward model (C.4), or, if there is no such checkpoint, of the policy."""
+    """--value_init, else a copy of the reward model (C.4), else the policy with a fresh head."""
     name = cfg.value_init or cfg.reward_model
     if cfg.value_init or checkpoint(cfg, name).exists():
         return load(cfg, name, ScalarModel)
@@ -809,7 +830,7 @@ def dpo_pass(policy, ref, rankings: list[Ranking], cfg: DPO, train: bool) -> dic
     """DPO's loss on the rankings, in nats a pair; accumulates its gradient in training.
 
     Also returns means over pairs: how often the winner has the higher reward, by how much, and
-    its log-probability, which falls if DPO goes wrong.
+    its log-probability, which DPO may lower along with the loser's.
     """
     found = []
     for ranked in ranked_passes(rankings, cfg):
@@ -964,8 +985,12 @@ def chat(cfg: Chat) -> None:
     while text := input("\nHuman: ").strip():
         messages.append({"role": "user", "content": text})
         ids = encode(tokenizer, render(messages))
+        while len(ids) > longest and len(messages) > 1:
+            print("(The context is full: the oldest question and answer are forgotten.)")
+            messages = messages[2:]
+            ids = encode(tokenizer, render(messages))
         if len(ids) > longest:
-            print(f"(The context is full: only the last {longest} tokens are read.)")
+            print(f"(This is too long: only the last {longest} tokens are read.)")
         responses = complete(policy, [ids[-longest:]], tokenizer.eot_token, cfg.max_new_tokens,
                              cfg.temperature)
         reply = own_turn(decode(tokenizer, responses[0])).strip()
@@ -1002,9 +1027,12 @@ def load(cfg: Settings, name: str, kind: type = GPT, dropout: float = 0.0) -> GP
     content = read_tensors(path)
     if content.get("kind") != kind.__name__:
         raise UserError(f"{path} holds a {content.get('kind')}, but a {kind.__name__} is needed")
-    config = GPTConfig(**content["config"] | {"dropout": dropout})
-    model = kind(config)
-    model.load_state_dict(content["model"])
+    try:
+        config = GPTConfig(**content["config"] | {"dropout": dropout})
+        model = kind(config)
+        model.load_state_dict(content["model"])
+    except Exception:
+        raise UserError(f"{path} does not fit its own description: train it again") from None
     if cfg.data:
         tokenizer = get_tokenizer(cfg.data)
         known = config.vocabulary or fingerprint(tokenizer)
@@ -1133,7 +1161,7 @@ def describe(metrics: dict) -> str:
 
 # ---- The command line ------------------------------------------------------------------
 
-source_of = cache(inspect.getsource)  # which parses the whole file each time
+source_of = cache(inspect.getsource)  # cached, as inspect parses the whole file each time
 
 def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
     """A flag for every field of a settings class; the comment beside the field is its help."""
@@ -1175,14 +1203,19 @@ def run_stage(stage, cfg: Settings) -> None:
     try:
         settle(cfg)
         torch.manual_seed(cfg.seed)
-        half = cfg.dtype == "bfloat16"
+        mixed = cfg.dtype == "bfloat16"
         # without a cache of weights in bfloat16, which a recorded step cannot use
-        with joined(cfg.device), torch.autocast(cfg.device, torch.bfloat16, half, False):
+        with joined(cfg.device), torch.autocast(cfg.device, torch.bfloat16, mixed, False):
             stage(cfg)
-    except (UserError, OSError) as error:
+    except UserError as error:
         sys.exit(f"{stage.__name__}: {error}")
-    except (MemoryError, torch.OutOfMemoryError):
-        sys.exit(f"{stage.__name__}: out of memory; lower --microbatch_size {cfg.microbatch_size}")
+    except OSError as error:
+        sys.exit(f"{stage.__name__}: {error.filename or cfg.out}: {error.strerror or error}")
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in repr(error).lower():
+            raise
+        size = f"--microbatch_size, now {cfg.microbatch_size}"
+        sys.exit(f"{stage.__name__}: out of memory; lower {size}, or --max_new_tokens")
     except EOFError:  # the end of what a person types
         print()
     except KeyboardInterrupt as error:

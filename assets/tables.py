@@ -172,9 +172,9 @@ def pairs(out: Path, name: str) -> list[tuple]:
         row_of[ranking["prompt"]]["completions"].update(ranking["completions"])
     for prompt, row in row_of.items():
         texts = sorted(row["completions"])
-        ids = [files.example(tokenizer, prompt, text).ids for text in texts]
+        examples = [files.example(tokenizer, prompt, text) for text in texts]
         with torch.no_grad():
-            scores = rlhf.score(model, ids, cfg).tolist()
+            scores = rlhf.score(model, examples, cfg).tolist()
         for i, j in combinations(range(len(texts)), 2):
             true = {}
             for labeler in fable.LABELERS:
