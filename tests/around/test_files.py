@@ -42,8 +42,8 @@ LINES = [  # each with its row, or with the sentence that refuses it
     ('{"prompt": "P"} {}', "not JSON: Extra data"),
     ('{"prompt": "P", "prompt": "P"}', "the field 'prompt' should be there once, not twice"),
     ('{"prompt": "P", "wants": {"a": 1, "a": 2}}', "the field 'a' should be there once"),
-    ('{"prompt": "P", "x": NaN}', "not JSON compliant"),
-    ('{"prompt": "P", "wants": {"\\udfff": 1}}', "surrogates not allowed"),
+    ('{"prompt": "P", "x": NaN}', "'x' should not hold NaN, infinity or half a surrogate pair: nan"),
+    ('{"prompt": "P", "wants": {"\\udfff": 1}}', "'wants' should not hold NaN"),
     ('{"prompt": "P", "x": ' + "[" * 200_000, "recursion"),
 ]
 

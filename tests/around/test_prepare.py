@@ -83,7 +83,7 @@ def pair(prompt=MELT, texts=(FILM, COLD), ranks=(0, 1), **more) -> list:
 
 READ = [(row, found) for found, rows in (
     (demo(), [{**Q, "completion": FILM}, DEMO, {"conversations": SHARE},
-     {"prompt": MELT + " \n", "completion": f"\n{FILM}\r\n"},
+     {"prompt": MELT + " \n", "completion": f"\n{FILM}\r\n"}, {**DEMO, "text": "", "messages": []},
      *({"prompt": MELT.replace("\n\n", gap), "completion": FILM} for gap in ("\r\n", "\n", " ")),
      {"prompt": f"\n\nHuman: {WHY}\nAssistant:", "completion": FILM},
      {"prompt": f"Human:{WHY}", "completion": f"Assistant: {FILM}"},
@@ -138,7 +138,7 @@ def test_rows_that_are_understood(row, found):
     before = json.dumps(row)
     got = prepare.mine(row, NOTHING, Counter())
     assert json.dumps(row) == before
-    if "text" not in row:
+    if not row.get("text"):
         kind, prompt = got.pop()
         assert kind == "prompts" and prompt["prompt"].endswith("\n\nAssistant:")
         assert not found or prompt["prompt"] == found[0][1]["prompt"]
@@ -150,8 +150,19 @@ REFUSED = [(row, named) for named, rows in {
     "choices": [{**DEMO, "choices": ["A"]}], "n ": [{**DEMO, "n": 0}],
     "input": [{**Q, "input": "x", "output": FILM}, {"input": WHY, "output": FILM},
               {"instruction": WHY, "input": 5}, {**DEMO, "input": 0}],
-    r"messages\[1\].tool_calls": [{"messages": [user(WHY), bot("", tool_calls=[{"f": 1}])]}],
-    "text": [{"text": "Once.", **Q}, {"text": "Once.", "source": "web"}, {"text": ["Once."]}],
+    r"messages\[1\]: unknown field 'tool_calls'": [
+        {"messages": [user(WHY), bot("", tool_calls=[{"f": 1}])]}],
+    "'Prompt', which .*: --ignore Prompt,id": [{"Prompt": WHY, "id": 1, "completion": FILM}],
+    "'n{59}, .*: --ignore n{150} ": [{**DEMO, "n" * 999: 1}],
+    "not hold": [{**DEMO, "wants": float("nan")}, {"prompt": "\ud800"}],
+    "text": [{"text": "Once.", **Q}, {"text": "Once.", "source": "web"}, {"text": ["Once."]},
+             {"text": " \n"}, {"text": EOT}],
+    "beside instruction, output: --ignore text": [
+        {"instruction": WHY, "output": FILM, "text": f"{WHY} {FILM}"}],
+    "end with a turn of the user, not": [
+        {"messages": [user(WHY), bot("a"), bot("b")]}, {"prompt": LONGER[:2], "completion": "x"}],
+    "beside a completion": [{**Q, "completion": None, "label": True}],
+    "row should be an object": ["a", ["a"], 5, None],
     # a prompt that does not agree, or is not there; a blank
     "prompt": [
         {"messages": ENDED, "prompt": "Always?"}, {"messages": ENDED, "prompt": "Be brief."},
@@ -223,7 +234,7 @@ def test_files_of_rows_that_are_read(name, content, data, tmp_path):
     (tmp_path / name).write_bytes(content.encode())
     (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
     for path in (tmp_path / name, tmp_path / f"{name}.gz"):
-        run("mine", path, data=data)
+        run("mine", path, path, data=data)  # named twice, it is read once
         assert len(both(data, "sft")) == len(both(data, "prompts")) == 30
 
 @pytest.mark.parametrize("name, content, named", [
@@ -246,15 +257,30 @@ def test_other_formats_are_named_with_what_converts_them(name, content, named, d
 
 @pytest.mark.parametrize("name, content, named", [
     ("cut.jsonl.gz", gzip.compress(b'{"prompt": "Q"}\n' * 50)[:-9], "cut.jsonl.gz"),
-    ("bad.json", b'[{"prompt": "Q"}, {"prompt": NaN}]', "bad.json"),
+    ("bad.json", b'[{"prompt": "Q"}, {"prompt": NaN}]', "item 2: 'prompt' should not hold NaN"),
+    ("twice.json", b'[{"prompt": "Q"}, {"prompt": "Q", "prompt": "R"}]', "item 2: the field"),
+    ("texts.json", b'["Once.", "Twice."]', "item 1: a row should be an object"),
+    ("comma.json", b'[\n {"prompt": "Q"}\n {"prompt": "R"}\n]', "line 3: not JSON"),
+    ("lists.jsonl", b'["Q", "A"]\n["Q", "A"]', "line 2: not JSON"),
+    ("rows.txt", b'{"prompt": "Q"}\n{"prompt": "R"}', "name it .jsonl"),
+    ("rows.md", b'[\n {"prompt": "Q"}\n]', "name it .jsonl"),
+    ("data/x.jsonl", b'{"prompt": "Q"}\n{"prompt": "R"}', "move it, or pass another --data"),
     ("x", b'\xef\xbb\xbf{"prompt": "Q"}\r\n\r\n{"prompt": "Q"', "x, line 3: not JSON"),
     ("x", b'{"prompt": "Q"}\n' + b"[" * 99_999, "x, line 2: "),
     ("latin.txt", b"ok\ncaf\xe9", "line 2"), ("one.jsonl", b'{"prompt": "Q"}', "nothing"),
     ("folder/x.jsonl", b"", "No such file")])
 def test_files_that_cannot_be_used(name, content, named, data, tmp_path):
-    if "/" not in name:
+    if name != "folder/x.jsonl":
         (tmp_path / name).write_bytes(content)
     assert named in refusal("mine", tmp_path / name, data=data)
+
+@pytest.mark.parametrize("words, named", [
+    ("mine x --valid 1.5", "--valid"), ("mine x --valid nan", "--valid"), ("mine", "needs files"),
+    ("fable --scale 0", "--scale"), ("fable --scale nan", "--scale"), ("fable x", "no files")])
+def test_flags_that_make_no_sense(words, named, data, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(*words.split(), data=data)
+    assert named in capsys.readouterr().err.splitlines()[-1]
 
 def test_what_begins_alike_stays_on_one_side(data, tmp_path):
     """Even with a greeting before it, a second turn behind it, or another kind of row."""
