@@ -32,9 +32,13 @@ SPEAKERS = {"user": "Human", "human": "Human", "prompter": "Human", "assistant":
             "gpt": "Assistant", "system": "System"}
 LABELS = {"true": True, "1": True, "1.0": True, "yes": True, "false": False, "0": False,
           "0.0": False, "no": False, "-1": False, "-1.0": False}
-BLANK_LINE = r"\s*\n\s*\n\s*"
-GAPS = (BLANK_LINE, r"\s*\n\s*", r"\s+", BLANK_LINE)  # between the turns in a text
-TURN_INSIDE = re.compile(r"(^|\n\s*\n\s*)(Human|Assistant):|\sAssistant:$")
+# White space between the turns in a text. Each begins where the white space does: tried at each
+# character of it, they would take minutes for a page of empty lines.
+ONE_LINE = r"(?<!\s)\s+"
+NEW_LINE = r"(?<!\s)[^\S\n]*\n\s*"
+BLANK_LINE = r"(?<!\s)[^\S\n]*\n[^\S\n]*\n\s*"
+GAPS = (BLANK_LINE, NEW_LINE, ONE_LINE, BLANK_LINE)
+TURN_INSIDE = re.compile(rf"(^|{BLANK_LINE})(Human|Assistant):|\sAssistant:$")
 EMPTY = (None, "", [], {})
 HELD_OUT = re.compile("(?<![a-z])(valid|validation|val|test|eval|dev)(?![a-z])")
 NO_DATA = re.compile(r"(^|[/\\])(\.|README|LICENSE)")  # hidden files and folders, too

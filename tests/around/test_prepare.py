@@ -144,6 +144,11 @@ def test_rows_that_are_understood(row, found):
         assert not found or prompt["prompt"] == found[0][1]["prompt"]
     assert got == found
 
+def test_pages_of_empty_lines_are_read_at_once():
+    text = "a" + " \n" * 20_000 + "b"
+    row = {"prompt": f"Human: {text}", "completion": text}
+    assert prepare.mine(row, NOTHING, Counter())[:1] == demo(said(text), text)
+
 REFUSED = [(row, named) for named, rows in {
     **{name: [{**DEMO, name: "x"}] for name in ("system", "context", "system_prompt", "tools",
        "history", "question", "id", "score_chosen", "rejected_response", "better", "time")},
