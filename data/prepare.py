@@ -13,18 +13,17 @@ import sys
 from collections import Counter
 from hashlib import sha256
 from pathlib import Path
-from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import fable  # noqa: E402
-from data.files import EOT, UserError, check, encode, get_tokenizer, parse  # noqa: E402
+from data.files import EOT, UserError, check, encode, get_tokenizer, parse, unique  # noqa: E402
 from data.files import read_bytes, read_text, replacing, write_jsonl  # noqa: E402
 
 CARRIED = ("labeler", "task", "source", "round", "wants")
 ASKED = ("prompt", "instruction")
 DEMONSTRATED = ("messages", "conversations", "completion", "output")
 COMPARED = ("chosen", "rejected", "completions", "ranks", "scores")
-FIELDS = (*CARRIED, *ASKED, "input", *DEMONSTRATED, "label", *COMPARED, "text")
+FIELDS = CARRIED + ASKED + DEMONSTRATED + COMPARED + ("input", "label", "text")
 RANKED = ("", "chosen rejected", "completions", "completions ranks", "completions scores")
 HUMAN = "\n\nHuman:"  # how a turn begins
 CUE = "\n\nAssistant:"  # how an answer begins
@@ -43,7 +42,6 @@ EMPTY = (None, "", [], {})
 HELD_OUT = re.compile("(?<![a-z])(valid|validation|val|test|eval|dev)(?![a-z])")
 NO_DATA = re.compile(r"(^|[/\\])(\.|README|LICENSE)")  # hidden files and folders, too
 JSON_ROW = re.compile(r'\s*\[?\s*\{\s*"')
-BEFORE_ITEM = re.compile(r"\s*\[\s*|\s*,\s*")
 SAMPLE = 3_000_000  # characters that the fable's vocabulary is learnt from
 
 HUB = "https://huggingface.co"
@@ -87,15 +85,10 @@ def mine(row: dict, args, seen: Counter) -> list[tuple]:
     prompt = {"prompt": find_prompt(row, openings, args, seen)}
     prompt |= {field: row[field] for field in CARRIED if field in row}
     found = [("sft", {**prompt, "completion": text}) for text in shown(row, answers, seen)]
-    given = " ".join(field for field in COMPARED if field in row)
-    if given not in RANKED:
-        wanted = "chosen and rejected, or completions with ranks or scores"
-        raise ValueError(f"there should be {wanted}, not {given}")
-    if given:
-        texts = [text for field, text in answers.items() if field not in DEMONSTRATED]
-        ranks = find_ranks(row, texts)
+    texts = [text for field, text in answers.items() if field not in DEMONSTRATED]
+    ranks = find_ranks(row, texts, seen)
+    if ranks:
         found.append(("comparisons", {**prompt, "completions": texts, "ranks": ranks}))
-        seen["rankings without ranks or scores, read as best first"] += given == "completions"
     if found:  # they have said who wrote the answer, and when
         prompt.pop("labeler", None)
         prompt.pop("round", None)
@@ -219,19 +212,25 @@ def shown(row: dict, answers: dict, seen: Counter) -> list[str]:
         return []
     return list(texts)
 
-def find_ranks(row: dict, texts: list[str]) -> list[int]:
-    """A rank for each answer: 0 is best, equal ranks are ties."""
+def find_ranks(row: dict, texts: list[str], seen: Counter) -> list[int]:
+    """A rank for each answer to compare: 0 is best, equal ranks are ties."""
+    given = " ".join(field for field in COMPARED if field in row)
+    if given not in RANKED:
+        wanted = "chosen and rejected, or completions with ranks or scores"
+        raise ValueError(f"there should be {wanted}, not {given}")
     ranks = row.get("ranks", list(range(len(texts))))
     if "scores" in row:
-        scores = [x for x in expect(row["scores"], list, "scores") if type(x) in (int, float)]
-        if not len(scores) == len(row["scores"]) == len(texts):
-            raise ValueError(f"scores should be a number each, not {row['scores']!a:.60}")
+        scores = expect(row["scores"], list, "scores")
+        if len(scores) != len(texts) or not {int, float}.issuperset(map(type, scores)):
+            raise ValueError(f"scores should be a number each, not {scores!a:.60}")
         ranks = [sum(other > score for other in scores) for score in scores]
-    check({"completions": texts, "ranks": ranks})
+    if given:
+        check({"completions": texts, "ranks": ranks})
     same = [" ".join(text.split()) for text in texts]
     if len(set(same)) == 1 or len(set(zip(same, ranks))) > len(set(same)):
         fields = "chosen and rejected, or completions,"
         raise ValueError(f"{fields} should differ in more than white space, not {texts!a:.60}")
+    seen["rankings without ranks or scores, read as best first"] += given == "completions"
     return ranks
 
 def oasst(tree, args, seen: Counter) -> list[tuple]:
@@ -320,12 +319,12 @@ def rows_of(path: Path):
             if part.strip():
                 yield f"{path}, document {number}", json.dumps({"text": part})
         return
-    whole = None
     try:
-        whole = json.loads(text)  # a list, or one object
+        whole = json.loads(text, object_pairs_hook=unique)  # a list, or one object
     except (ValueError, RecursionError) as error:
-        if text.lstrip().startswith("[") and isinstance(error, json.JSONDecodeError):
-            raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
+        whole = None
+        if text.lstrip().startswith("["):
+            raise UserError(f"{path} is not a list in JSON: {error}") from None
     if isinstance(whole, dict) and whole.keys().isdisjoint(FIELDS):
         for field in whole:
             if isinstance(whole[field], list):
@@ -335,23 +334,13 @@ def rows_of(path: Path):
     if isinstance(whole, dict):
         rows = [text]
     elif isinstance(whole, list):
-        rows = items(text, len(whole))
+        rows = map(json.dumps, whole)
     else:
         rows = text.split("\n")
         unit = "line"
     for number, row in enumerate(rows, 1):
         if row.strip():
             yield f"{path}, {unit} {number}", row
-
-def items(text: str, count: int) -> list[str]:
-    """The text of each item of a list in JSON."""
-    found = []
-    end = 0
-    for _ in range(count):
-        start = BEFORE_ITEM.match(text, end).end()
-        _, end = json.JSONDecoder().raw_decode(text, start)
-        found.append(text[start:end])
-    return found
 
 def read(args, notes: Counter) -> tuple[dict, set]:
     """The canonical rows by kind, and how those begin that come from the files held out."""
@@ -451,7 +440,7 @@ def write_files(files: dict, folder: Path) -> None:
 
 def print_table(files: dict, tokenizer) -> None:
     """The rows of each file, and their tokens, with the longest answer of a ranking."""
-    print(f"\n{'file':26}{'rows':>9}{'tokens: median':>16}{'longest':>9}{'all':>13}")
+    print(f"\n{'file':26}{'rows':>9}{'longest':>9}{'tokens':>13}")
     for name, rows in files.items():
         if isinstance(rows, str):
             rows = [{"prompt": text} for text in rows.split(EOT)[:-1]]
@@ -460,12 +449,7 @@ def print_table(files: dict, tokenizer) -> None:
             texts = row.get("completions", [row.get("completion", "")])
             longest = max(len(encode(tokenizer, text)) for text in texts)
             lengths.append(len(encode(tokenizer, row["prompt"])) + longest + 1)
-        numbers = f"{median(lengths):16,.0f}{max(lengths):9,}{sum(lengths):13,}"
-        print(f"{name:26}{len(rows):9,}{numbers}")
-    rankings = [row["ranks"] for row in files.get("comparisons.jsonl", [])]
-    for size, count in sorted(Counter(map(len, rankings)).items()):
-        ties = sum(len(set(ranks)) < size for ranks in rankings if len(ranks) == size)
-        print(f"{count:,} rankings of {size} answers, {ties:,} with ties")
+        print(f"{name:26}{len(rows):9,}{max(lengths):9,}{sum(lengths):13,}")
 
 def prepare(args) -> dict:
     """{file: rows} of people's data; says what was left out."""
@@ -487,7 +471,6 @@ def main(words: list[str] | None = None) -> None:
     add("--data", type=Path, help="folder to write into [out/NAME; fable: out/data]")
     add("--seed", type=int, default=1, help="the same seed, the same files")
     add("--scale", type=float, default=1.0, help="fable: 1 is the full set")
-    add("--show", type=int, default=0, metavar="N", help="fable: only print samples")
     add("--valid", type=float, default=0.05, help="share that is held out, if no file is")
     add("--skip-bad", action="store_true", help="leave out rows that would be refused")
     add("--ignore", default="", metavar="FIELD,...", help="fields that may be left out")
@@ -505,8 +488,6 @@ def main(words: list[str] | None = None) -> None:
     if args.name == "webtext":
         args.ignore |= {"id", "length", "ended"}
     try:
-        if args.show:
-            return fable.show(args.show, args.seed)
         if args.name == "fable":
             files = fable.make(args.seed, args.scale)
             vocabulary = fable.tiktoken_file(fable.train_bpe(files["pretrain.txt"][:SAMPLE]))
