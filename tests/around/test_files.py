@@ -172,11 +172,13 @@ def test_gold_function(tmp_path, monkeypatch):
     assert files.gold_function(rows, "own.py")({}, "four") == {"length": 4}
     assert files.gold_function([{}, {}], "absent.py") is None
     assert "all rows or none, not in 2 of 3" in refusal(files.gold_function, [*rows, {}], "")
-    assert f"{tmp_path / 'none.py'} should have" in refusal(files.gold_function, rows, "none.py")
-    for name in ("absent.py", ""):
-        assert "--gold: there is no file" in refusal(files.gold_function, rows, name)
     (tmp_path / "other.py").write_text("def gold(row, text):\n    return {'x': row['wants']['x']}\n")
-    assert "KeyError('x'); pass --gold" in refusal(files.gold_function, rows, "other.py")
+    for name, cause in (("none.py", "not callable"), ("absent.py", "No such file"),
+                        ("other.py", "KeyError('x')"), ("empty.py", "KeyError('gold')")):
+        (tmp_path / "empty.py").write_text("")
+        said = refusal(files.gold_function, rows, name)
+        assert cause in said and f"{tmp_path / name}: gold(row, comp" in said and "--gold" in said
+    assert "pass --gold" in refusal(files.gold_function, rows, "")
 
 def raising(error: BaseException):
     def function(*arguments, **options):

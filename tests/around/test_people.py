@@ -115,13 +115,12 @@ def test_ranking_in_a_terminal_and_a_kill(folder):
 
 def test_writing_in_a_terminal_saves_what_was_typed(folder):
     text = [f"{FAMILY} ok", "def f():", "\tif x:", "full\u3000width", "  soft\xadhyphen  "]
-    steps = [("> ", f"{line}\n") for line in [*text, ".", "Unfinished"]]
-    steps += [("> ", "\x04"), ("writing: ", "\n"), ("> ", "but goes on\n")]
-    steps += [("> ", "\x04"), ("writing: ", "y\n"), ("> ", "\x04"), ("2 of 5 answered, in", "")]
+    steps = [("> ", f"{line}\n") for line in [*text, ".", "", "Ctrl-D ends it"]]
+    steps += [("> ", "\x04"), ("> ", "\n"), ("> ", "\x04"), ("2 of 5 answered, in", "")]
     converse(folder, "--write --by anna", *steps)
     rows = read_jsonl(folder / "sft.jsonl")
     assert rows[0]["completion"] == " " + "\n".join(text)
-    assert rows[1]["completion"] == " Unfinished\nbut goes on"
+    assert rows[1]["completion"] == " \nCtrl-D ends it"
 
 def test_ranks_belong_to_the_completions_in_the_file(folder, type_in, fixed):
     fixed(prompts(20))
@@ -260,10 +259,10 @@ def test_a_stray_byte_is_no_reason_to_stop(folder):
 def test_blind_counts_for_the_better_model(folder, type_in, fixed):
     """Somebody who prefers b's answers, wherever they are shown, but cannot tell on one prompt."""
     fixed([], [" from a", " from b"])
-    output = type_in("--blind a b", "quit")
+    output = type_in("--blind a,b", "quit")
     for i in range(5):  # one question a session: the screen says which answer is b's
         number = next(n for n, text in shown(output)[-1].items() if text == "from b")
-        output = type_in("--blind a b", "=" if i == 4 else number, "quit")
+        output = type_in("--blind a,b", "=" if i == 4 else number, "quit")
     assert f"a is preferred to b on 10.0% ± {1.96 * 0.2 / 4**0.5:.1%} of 5 prompts" in output
     assert read_jsonl(folder / "blind.jsonl")[4]["models"] == f"{folder}/a.pt,{folder}/b.pt"
 
@@ -321,8 +320,9 @@ def test_agreement_without_and_with_heldout_labelers(folder, type_in):
 @pytest.mark.parametrize("flags, sentence", [
     ("--by anna --models a --k_min 5 --k_max 4", "k_min 5 and k_max 4: at least 2"),
     ("--by {0}/a.pt --models a", "ScalarModel"),
-    ("--write --blind a b", "one at a time"),
-    ("--blind a b --by {0}/judge.pt", "for people"),
+    ("--write --blind a,b", "one at a time"),
+    ("--blind a,b --by {0}/judge.pt", "for people"),
+    ("--blind a", "--blind a should be two models"),
     ("--agreement {0}/prompts.jsonl", "line 1: labeler should be"),
     ("--models a", "only know the fable: say who ranks with --by"),
 ])
