@@ -40,7 +40,7 @@ GAPS = (BLANK_LINE, NEW_LINE, ONE_LINE, BLANK_LINE)
 TURN_INSIDE = re.compile(rf"(^|{BLANK_LINE})(Human|Assistant):|\sAssistant:$")
 EMPTY = (None, "", [], {})
 HELD_OUT = re.compile("(?<![a-z])(valid|validation|val|test|eval|dev)(?![a-z])")
-NO_DATA = re.compile(r"(^|[/\\])(\.|README|LICENSE)")  # hidden files and folders, too
+NO_DATA = re.compile(r"(^|[/\\])(\.|(README|LICENSE)(\.\w+)?$)")  # hidden folders, too
 JSON_ROW = re.compile(r'\s*\[?\s*\{\s*"')
 SAMPLE = 3_000_000  # characters that the fable's vocabulary is learnt from
 
@@ -428,8 +428,10 @@ def hold_out(found: dict, held: set, args, notes: Counter) -> dict:
     return files
 
 def write_files(files: dict, folder: Path) -> None:
-    for path in map(folder.joinpath, files):
-        if path.exists() and b'"time": "' in read_bytes(path):
+    for path in sorted(folder.glob("*.jsonl")):
+        if path.name not in files:
+            print(f"{path} is not of these rows, and stays as it was")
+        elif b'"time": "' in read_bytes(path):
             raise UserError(f"{path} has answers that people or models added: move it first")
     for name, rows in files.items():
         if isinstance(rows, str):
@@ -442,14 +444,15 @@ def print_table(files: dict, tokenizer) -> None:
     """The rows of each file, and their tokens, with the longest answer of a ranking."""
     print(f"\n{'file':26}{'rows':>9}{'longest':>9}{'tokens':>13}")
     for name, rows in files.items():
-        if isinstance(rows, str):
+        if isinstance(rows, str):  # a vocabulary has no documents
             rows = [{"prompt": text} for text in rows.split(EOT)[:-1]]
         lengths = []
         for row in rows:
             texts = row.get("completions", [row.get("completion", "")])
             longest = max(len(encode(tokenizer, text)) for text in texts)
             lengths.append(len(encode(tokenizer, row["prompt"])) + longest + 1)
-        print(f"{name:26}{len(rows):9,}{max(lengths):9,}{sum(lengths):13,}")
+        if lengths:
+            print(f"{name:26}{len(rows):9,}{max(lengths):9,}{sum(lengths):13,}")
 
 def prepare(args) -> dict:
     """{file: rows} of people's data; says what was left out."""
@@ -490,8 +493,8 @@ def main(words: list[str] | None = None) -> None:
     try:
         if args.name == "fable":
             files = fable.make(args.seed, args.scale)
-            vocabulary = fable.tiktoken_file(fable.train_bpe(files["pretrain.txt"][:SAMPLE]))
-            write_files({"tokenizer.tiktoken": vocabulary}, args.data)
+            vocabulary = fable.train_bpe(files["pretrain.txt"][:SAMPLE])
+            files["tokenizer.tiktoken"] = fable.tiktoken_file(vocabulary)
         else:
             files = prepare(args)
         write_files(files, args.data)

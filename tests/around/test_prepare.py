@@ -309,16 +309,16 @@ def test_files_are_held_out_by_name(data, tmp_path, capsys):
     """And so are rows of other files that begin like one of theirs."""
     folder = tmp_path / "own"
     (folder / ".cache").mkdir(parents=True)
-    for name, first, count in (("train", 0, 30), ("my-test", 25, 15), ("contest", 90, 1)):
+    for name, first, count in (("train", 0, 30), ("my-test", 25, 15), ("README_contest", 90, 1)):
         rows = [{"prompt": f"Q{first + i}", "completion": name} for i in range(count)]
         write(folder / f"{name}.jsonl", rows)
-    for name in ("README.md", ".cache/x.metadata"):
+    for name in ("README.md", "LICENSE", ".cache/x.metadata"):
         (folder / name).write_text("Not a row.")
     run("mine", folder, "--valid", "0.5", data=data)
     assert len(lines_of(data / "sft.jsonl")) == 25 + 1
     assert len(lines_of(data / "sft_valid.jsonl")) == 15 + 5
     out = capsys.readouterr().out
-    assert "my-test.jsonl (held out): 15 rows" in out and "contest.jsonl: 1 rows" in out
+    assert "my-test.jsonl (held out): 15 rows" in out and "README_contest.jsonl: 1 rows" in out
     run("mine", folder / "my-test.jsonl", data=data)  # alone, it is trained on
     assert len(both(data, "sft")) == 15 and len(lines_of(data / "sft.jsonl")) > 10
 
@@ -375,11 +375,13 @@ def test_pairs_alone_are_enough_for_all_stages(data, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f'FEEDBACK="mine {path} --valid 0.1" OUT="{data}" ./train.sh gpt2' in out
 
-def test_nothing_that_people_have_added_is_overwritten(data, tmp_path):
-    """Its own rows prepare.py may write again."""
+def test_nothing_that_people_have_added_is_overwritten(data, tmp_path, capsys):
+    """Its own rows prepare.py may write again; of files that it leaves alone it says so."""
     path = write(tmp_path / "rows.jsonl", ROWS)
+    write(data / "comparisons.jsonl", [{"prompt": "of another data set"}])
     for _ in range(2):
         run("mine", path, data=data)
+        assert capsys.readouterr().out.count("comparisons.jsonl is not of these rows") == 1
     before = (data / "sft_valid.jsonl").read_text()
     (data / "sft_valid.jsonl").write_text(before + '{"prompt": "a", "time": "2026-01-01"}\n')
     assert "sft_valid.jsonl has answers" in refusal("mine", path, data=data)
