@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import fable  # noqa: E402
-from data.files import EOT, UserError, check, encode, get_tokenizer, parse, unique  # noqa: E402
-from data.files import read_bytes, read_text, replacing, write_jsonl  # noqa: E402
+from data.files import EOT, UserError, check, parse, read_bytes, read_text  # noqa: E402
+from data.files import replacing, unique, write_jsonl  # noqa: E402
 
 CARRIED = ("labeler", "task", "source", "round", "wants")
 ASKED = ("prompt", "instruction")
@@ -437,22 +437,10 @@ def write_files(files: dict, folder: Path) -> None:
         if isinstance(rows, str):
             with replacing(folder / name) as file:
                 file.write(rows.encode())
+            print(f"{folder / name}: {len(rows):,} characters")
         else:
             write_jsonl(folder / name, rows)
-
-def print_table(files: dict, tokenizer) -> None:
-    """The rows of each file, and their tokens, with the longest answer of a ranking."""
-    print(f"\n{'file':26}{'rows':>9}{'longest':>9}{'tokens':>13}")
-    for name, rows in files.items():
-        if isinstance(rows, str):  # a vocabulary has no documents
-            rows = [{"prompt": text} for text in rows.split(EOT)[:-1]]
-        lengths = []
-        for row in rows:
-            texts = row.get("completions", [row.get("completion", "")])
-            longest = max(len(encode(tokenizer, text)) for text in texts)
-            lengths.append(len(encode(tokenizer, row["prompt"])) + longest + 1)
-        if lengths:
-            print(f"{name:26}{len(rows):9,}{max(lengths):9,}{sum(lengths):13,}")
+            print(f"{folder / name}: {len(rows):,} rows")
 
 def prepare(args) -> dict:
     """{file: rows} of people's data; says what was left out."""
@@ -498,13 +486,8 @@ def main(words: list[str] | None = None) -> None:
         else:
             files = prepare(args)
         write_files(files, args.data)
-        print_table(files, get_tokenizer(args.data))
     except (UserError, OSError) as error:
         sys.exit(f"prepare.py: {error}")
-    if args.name != "fable" and "comparisons.jsonl" in files:
-        feedback = " ".join(words or sys.argv[1:]).replace(f" --data {args.data}", "")
-        print("\nAll stages on these rows, from GPT-2's weights, on a GPU with 24 GB:")
-        print(f'    FEEDBACK="{feedback}" OUT="{args.data}" ./train.sh gpt2')
 
 if __name__ == "__main__":
     main()
