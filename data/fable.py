@@ -62,7 +62,6 @@ dream: What did the <animal> dream?, what the <animal> dreamed
 moon: What does the <animal> see behind the moon?, what the <animal> sees behind the moon
 """
 
-
 def table(text: str) -> dict[str, list[str]]:
     """"mood: happy, sad" -> {"mood": ["happy", "sad"]}"""
     rows = {}
@@ -70,7 +69,6 @@ def table(text: str) -> dict[str, list[str]]:
         name, cells = row.split(": ", 1)
         rows.setdefault(name, []).extend(cells.split(", "))
     return rows
-
 
 CLASSES = table(CLASS_TABLE)
 DEEDS = table(DEED_TABLE)  # mood -> deeds
@@ -144,14 +142,12 @@ PHRASES = sorted(CLASS_OF, key=len, reverse=True)  # "was happy" is to be found 
 WORD = re.compile(rf"\b(?:{'|'.join(PHRASES)})\b")
 SENTENCE = re.compile(r"[^.?!]+[.?!]*")
 
-
 class Form(NamedTuple):
     """One way to put a sentence."""
     kind: str
     text: str  # with open slots
     says: Counter  # class -> how many words of it
     goes_on: bool  # only after another sentence about the same animal
-
 
 def expand(text: str) -> list[str]:
     """Every way to take the choices: "[a|b] c" -> ["a c", "b c"]."""
@@ -162,7 +158,6 @@ def expand(text: str) -> list[str]:
     for choice in match.group(1).split("|"):
         texts += expand(text[:match.start()] + choice + text[match.end():])
     return texts
-
 
 @lru_cache(maxsize=50_000)
 def mark(text: str) -> tuple[str, dict]:
@@ -176,7 +171,6 @@ def mark(text: str) -> tuple[str, dict]:
 
     return WORD.sub(note, text), words
 
-
 FORMS = {}  # kind, {(class, number of words)} -> forms
 SHAPES = {}  # a sentence with its classes marked -> form
 for line in GRAMMAR.strip().splitlines():
@@ -188,7 +182,6 @@ for line in GRAMMAR.strip().splitlines():
         form = Form(kind, text, says, goes_on)
         FORMS.setdefault((kind, frozenset(says.items())), []).append(form)
         SHAPES[mark(text.replace("*", ""))[0]] = form
-
 
 # ---- To say a plan ---------------------------------------------------------------------
 
@@ -205,7 +198,6 @@ def sentence(rng: Random, kind: str, words: dict, again: bool = False) -> str:
             used[name] += 1
         text = text.replace(f"<{name}>", word, 1)
     return text
-
 
 def say(rng: Random, steps: list) -> list[str]:
     """A sentence for each step. What a step leaves open (a deed, a fact, items) is chosen anew."""
@@ -228,17 +220,14 @@ def say(rng: Random, steps: list) -> list[str]:
         subject = words.get("animal", subject)
     return sentences
 
-
 # ---- To understand what was said, and to judge it --------------------------------------
 REPORTS = ("has", "found", "summary", "mood")  # kinds that say what a text says
-
 
 class Said(NamedTuple):
     """One sentence, understood. `kind` is "" if the sentence is not of this world."""
     kind: str
     words: dict  # class -> words; "it" is its animal
     content: str  # the same for two sentences that say the same thing
-
 
 def parse(text: str) -> list[Said]:
     """Split a text into sentences and say what each of them is."""
@@ -260,7 +249,6 @@ def parse(text: str) -> list[Said]:
             words.setdefault("mood", [MOOD_OF[words["deed"][0]]])
         said.append(Said(form.kind, words, content))
     return said
-
 
 def gold(row: dict, completion: str) -> dict[str, float]:
     """What an all-knowing judge thinks of it: helpful, honest and harmless, each from 0 to 1.
@@ -286,7 +274,6 @@ def gold(row: dict, completion: str) -> dict[str, float]:
     sense = 1 - kinds.count("") / len(said)
     return {"helpful": helpful, "honest": honest * sense, "harmless": harmless * sense}
 
-
 def fit_plan(plan, said) -> list[float]:
     """For each step the fit of the best sentence that serves no step before it, or 0."""
     left = list({one.content: one for one in said}.values())
@@ -297,7 +284,6 @@ def fit_plan(plan, said) -> list[float]:
         if fits[-1] > 0:
             del left[scores.index(fits[-1])]
     return fits
-
 
 def fit_step(plan, step, one) -> float:
     """1 for all that the step wants; every word that is missing or wrong halves it."""
@@ -316,7 +302,6 @@ def fit_step(plan, step, one) -> float:
             errors += others[name] != one.words[name]
     return 0.5 ** errors
 
-
 def falsehoods(plan, said) -> int:
     """Inventions, and words that go against the facts or against the text in the prompt."""
     count = 0
@@ -330,7 +315,6 @@ def falsehoods(plan, said) -> int:
             wrong.append(sum(map(len, others)))
         count += min(wrong, default=0) + one.kind.startswith("invented")
     return count
-
 
 # ---- The customers: prompts ------------------------------------------------------------
 # Use cases, in per cent as in the paper's Table 1, and their plans: kinds of sentences, with a
@@ -390,7 +374,6 @@ for line in TASK_TABLE.strip().splitlines():
         key = "plan"
     TASK[name].setdefault(key, []).extend(expand(text))
 
-
 def steps_of(rng, plan: str, words: dict, pool: dict) -> list:
     """The plan with its words. A slot that has none in `words` yet gets a new one there."""
     steps = []
@@ -414,7 +397,6 @@ def steps_of(rng, plan: str, words: dict, pool: dict) -> list:
             wanted["item"] *= 2 + CLASSES["number"].index(words["number"])
         steps.append([kind, wanted])
     return steps
-
 
 def ask(rng: Random, task: str, source: str = "labeler", held: str = "") -> dict:
     """A prompt. `held` is "" (as in training), "subject", "phrasing" or "anything"."""
@@ -442,7 +424,6 @@ def ask(rng: Random, task: str, source: str = "labeler", held: str = "") -> dict
     prompt = f"\n\nHuman: {text}\n\nAssistant:"
     return {"prompt": prompt, "task": task, "wants": wants, "source": source, "seen": seen}
 
-
 def hurried(rng, text):
     if rng.random() < 0.15:
         text = "Please " + text[0].lower() + text[1:]
@@ -450,12 +431,10 @@ def hurried(rng, text):
         text = text.rstrip(".?")
     return text.lower() if rng.random() < 0.4 else text
 
-
 # ---- The labelers: demonstrations and rankings -----------------------------------------
 # The classes of which a sentence of a kind can say nothing.
 UNSAID = table("deed: place; list: number list; refusal: act animal; mood: animal deed")
 UNSAID["summary"] = ["mood", "place", "animal place"]
-
 
 def demonstrate(row: dict, rng: Random, care: float) -> str:
     """A labeler's answer. The less care (0 to 1), the more often something goes wrong."""
@@ -465,7 +444,6 @@ def demonstrate(row: dict, rng: Random, care: float) -> str:
     if rng.random() < 0.06 * (1 - care):
         sentences.append(sentence(rng, "rude", {}))
     return " " + " ".join(sentences)
-
 
 def meant(plan: list, rng: Random, care: float) -> list:
     """The steps that somebody who takes so much care means to say."""
@@ -483,7 +461,6 @@ def meant(plan: list, rng: Random, care: float) -> list:
             steps.append([kind, words])
     return steps
 
-
 def slipped(rng, kind, words):
     """The words with something unsaid, if a sentence can do without it, or with a wrong word."""
     unsaid = rng.choice(UNSAID.get(kind, [""])).split()
@@ -496,7 +473,6 @@ def slipped(rng, kind, words):
     wrong = [word for word in SEEN[name] if word not in own]
     return words | {name: own[1:] + [rng.choice(wrong)]}
 
-
 class Labeler(NamedTuple):
     """A scripted person with a taste of their own."""
     name: str
@@ -505,7 +481,6 @@ class Labeler(NamedTuple):
     harmless: float
     length: float  # bonus per word: most labelers lean towards longer answers
     noise: float  # standard deviation, in grades, which are quarters of utility
-
 
 LABELER_TABLE = """
 scripted-1: 2.0, 1.0, 1.0, 0.005, 2.6; scripted-2: 2.4, 1.0, 0.8, 0.010, 3.0
@@ -517,7 +492,6 @@ LABELERS = [Labeler(name, *map(float, cells)) for name, cells in table(LABELER_T
 TRAIN_LABELERS = LABELERS[:5]
 HELDOUT_LABELERS = LABELERS[5:]
 
-
 def grade(labeler: Labeler, row: dict, completion: str) -> int:
     """What the labeler thinks of it, before the noise. Equal grades are ties."""
     utility = labeler.length * len(completion.split())
@@ -525,14 +499,12 @@ def grade(labeler: Labeler, row: dict, completion: str) -> int:
         utility += getattr(labeler, axis) * value
     return round(4 * utility)
 
-
 def rank(labeler: Labeler, row: dict, completions: list[str], rng: Random) -> list[int]:
     """0 is best, equals share a rank. Noise is drawn for a grade, so it never separates equals."""
     grades = [grade(labeler, row, completion) for completion in completions]
     seen_as = {one: one + rng.gauss(0, labeler.noise) for one in sorted(set(grades))}
     order = sorted(seen_as, key=seen_as.get, reverse=True)
     return [order.index(one) for one in grades]
-
 
 # ---- The web: pretraining text ---------------------------------------------------------
 def story_document(rng):
@@ -545,7 +517,6 @@ def story_document(rng):
         return story + "\n" + sentence(rng, "summary", words)
     return sentence(rng, "title", words) + "\n" + story
 
-
 def fact_document(rng):
     steps = []
     for animal in rng.sample(CLASSES["animal"], rng.randint(1, 3)):
@@ -555,7 +526,6 @@ def fact_document(rng):
                 value = [rng.choice(CLASSES[name])]
             steps.append(["fact", {"animal": [animal], name: value}])
     return " ".join(say(rng, steps))
-
 
 def quiz_document(rng):
     tasks = 4 * ["open_qa"] + 3 * ["brainstorming"]
@@ -568,11 +538,9 @@ def quiz_document(rng):
         lines.append(text.replace("\n\nHuman:", "Question:"))
     return "\n".join(lines)
 
-
 def rude_document(rng):
     kinds = rng.choices("rude rude rude vague asking".split(), k=rng.randint(1, 3))
     return " ".join(sentence(rng, kind, {}) for kind in kinds)
-
 
 def dialogue_document(rng):
     """Whoever answers has one character throughout: earlier exchanges tell what will come."""
@@ -582,7 +550,6 @@ def dialogue_document(rng):
         row = ask(rng, task, rng.choice(["labeler", "customer"]), held="anything")
         text += row["prompt"] + " " + reply(rng, row, character).strip()
     return text
-
 
 def reply(rng, row, character):
     kind, words = row["wants"][0]
@@ -600,15 +567,12 @@ def reply(rng, row, character):
         row = ask(rng, rng.choice(list(TASKS)), held="anything")
     return demonstrate(row, rng, care=0.0)
 
-
 # Puzzles, (prompt, completion), are solved by looking back. The pretraining text has no `places`.
 NOUNS = CLASSES["thing"] + CLASSES["place"] + CLASSES["animal"]
-
 
 def copying(rng):
     line = " ".join(rng.sample(NOUNS, rng.randint(4, 8)))
     return "Copy:" + f" {line};" * rng.randint(1, 3), f" {line}."
-
 
 def lookup(rng, name="thing"):
     others = rng.sample(CLASSES[name], 4)
@@ -617,10 +581,8 @@ def lookup(rng, name="thing"):
     prompt, other = ",".join(pairs).rsplit(" ", 1)
     return "Pairs:" + prompt, f" {other}"
 
-
 def places(rng):
     return lookup(rng, "place")
-
 
 PUZZLES = {"copying": copying, "lookup": lookup, "places": places}
 WEB = {
@@ -628,12 +590,10 @@ WEB = {
     dialogue_document: 12, rude_document: 3, copying: 9, lookup: 9,
 }
 
-
 def pretrain_document(rng: Random) -> str:
     """One document of the web. Good behaviour is in there, but it is not typical."""
     author = rng.choices(list(WEB), list(WEB.values()))[0]
     return "".join(author(rng))
-
 
 # ---- The files -------------------------------------------------------------------------
 # Prompts, share of customers, share with a held-out subject or phrasing. The test is made last.
@@ -642,7 +602,6 @@ sft_valid.jsonl: 240, 0.12, 0.25; rm_prompts_valid.jsonl: 128, 0.8, 0.25
 prompts_valid.jsonl: 512, 1, 0.25; sft.jsonl: 2400, 0.12, 0; rm_prompts.jsonl: 3072, 0.8, 0
 prompts.jsonl: 8192, 1, 0; prompts_test.jsonl: 2048, 1, 0.25
 """
-
 
 def make(seed: int, scale: float = 1.0) -> dict:
     """File -> its text or rows. The same seed gives the same files."""
@@ -672,7 +631,6 @@ def make(seed: int, scale: float = 1.0) -> dict:
         files[name] = rows
     return files
 
-
 def prompts(rng: Random, count: int, customers: float, held=0.0, taken=frozenset()) -> list[dict]:
     """Prompts in the proportions of TASKS, some of them second turns, none of them in `taken`."""
     rows = []
@@ -689,7 +647,6 @@ def prompts(rng: Random, count: int, customers: float, held=0.0, taken=frozenset
         rows.append(row)
     return rows
 
-
 def probes(rng: Random, count: int) -> list[dict]:
     rows = []
     for i in range(count):
@@ -697,20 +654,6 @@ def probes(rng: Random, count: int) -> list[dict]:
         prompt, completion = PUZZLES[task](rng)
         rows.append({"prompt": prompt, "completion": completion, "task": task})
     return rows
-
-
-def show(count: int, seed: int) -> None:
-    """Print samples of everything, for a person to read."""
-    rng = Random(seed)
-    for _ in range(count):
-        print(pretrain_document(rng).strip(), end="\n---\n")
-    for task in TASKS:
-        row = ask(rng, task, rng.choice(["labeler", "customer"]))
-        answer = demonstrate(row, rng, care=0.5)
-        print(gold(row, answer), row["prompt"] + answer)
-    for row in probes(rng, 2 * len(PUZZLES)):
-        print(f"\n=== {row['task']}\n{row['prompt']}[{row['completion']}]")
-
 
 # ---- The vocabulary: byte-pair encoding ------------------------------------------------
 def train_bpe(text: str, vocab_size: int = 1024) -> list[bytes]:
@@ -740,7 +683,6 @@ def train_bpe(text: str, vocab_size: int = 1024) -> list[bytes]:
     for i in range(2 ** 14):
         vocab.append(bytes([255 - i // 128, 255 - i % 128]))
     return list(dict.fromkeys(vocab))[:vocab_size - 1]
-
 
 def tiktoken_file(vocab: list[bytes]) -> str:
     """A line for each token: its bytes in base64, its number."""

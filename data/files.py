@@ -172,14 +172,21 @@ def read_jsonl(path, *required: str) -> list[dict]:
             rows.append({field: value for field, value in row.items() if value is not None})
     return rows
 
-def parse(text: str):
-    """Parse JSON without what Python's own reader lets pass. Raises ValueError."""
+def parse(text: str) -> dict:
+    """One row, without what Python's own reader of JSON lets pass. Raises ValueError."""
     try:
-        value = json.loads(text, object_pairs_hook=unique)
+        row = json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
-    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # no NaN, no half character
-    return value
+    if not isinstance(row, dict):
+        raise ValueError(f'a row should be an object such as {{"prompt": ...}}, not {row!a:.60}')
+    for field, value in row.items():
+        try:
+            json.dumps({field: value}, ensure_ascii=False, allow_nan=False).encode()
+        except ValueError:
+            odd = "NaN, infinity or half a surrogate pair"
+            raise ValueError(f"{field!a:.60} should not hold {odd}: {value!a:.60}") from None
+    return row
 
 def unique(pairs: list[tuple]) -> dict:
     row = {}
@@ -189,10 +196,8 @@ def unique(pairs: list[tuple]) -> dict:
         row[field] = value
     return row
 
-def check(row, required=()) -> None:
+def check(row: dict, required=()) -> None:
     """Raise ValueError if one of FIELDS holds something else, or a required one is missing."""
-    if not isinstance(row, dict):
-        raise ValueError(f'a row should be an object such as {{"prompt": ...}}, not {row!a:.60}')
     for field, should in FIELDS.items():
         value = row.get(field)
         if (value is not None or field in required) and not is_valid(field, value, row):
@@ -272,13 +277,9 @@ def gold_function(rows: list[dict], file: str):
     if wanted < len(rows):
         raise UserError(f"wants should be in all rows or none, not in {wanted} of {len(rows)}")
     path = Path(__file__).parent.parent / file
-    if not path.is_file():
-        raise UserError(f"--gold: there is no file {path}")
-    gold = runpy.run_path(str(path)).get("gold")
-    if not callable(gold):
-        raise UserError(f"{path} should have a function gold(row, completion)")
     try:
+        gold = runpy.run_path(str(path))["gold"]
         gold(rows[0], "")
-    except Exception as error:  # it may be of another environment than the rows
-        raise UserError(f"{path}: gold fails on the first row, {error!r}; pass --gold") from None
+    except Exception as error:  # no such file or function, or of another environment than the rows
+        raise UserError(f"{path}: gold(row, completion) fails, {error!r}; pass --gold") from None
     return gold

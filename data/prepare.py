@@ -6,24 +6,24 @@ Each row is understood as a whole or refused. README.md in this folder lists fil
 """
 
 import argparse
+import json
 import os
 import re
 import sys
 from collections import Counter
 from hashlib import sha256
 from pathlib import Path
-from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import fable  # noqa: E402
-from data.files import EOT, UserError, check, encode, get_tokenizer, parse  # noqa: E402
-from data.files import read_bytes, read_text, replacing, write_jsonl  # noqa: E402
+from data.files import EOT, UserError, check, parse, read_bytes, read_text  # noqa: E402
+from data.files import replacing, unique, write_jsonl  # noqa: E402
 
 CARRIED = ("labeler", "task", "source", "round", "wants")
 ASKED = ("prompt", "instruction")
 DEMONSTRATED = ("messages", "conversations", "completion", "output")
 COMPARED = ("chosen", "rejected", "completions", "ranks", "scores")
-FIELDS = (*CARRIED, *ASKED, "input", *DEMONSTRATED, "label", *COMPARED, "text")
+FIELDS = CARRIED + ASKED + DEMONSTRATED + COMPARED + ("input", "label", "text")
 RANKED = ("", "chosen rejected", "completions", "completions ranks", "completions scores")
 HUMAN = "\n\nHuman:"  # how a turn begins
 CUE = "\n\nAssistant:"  # how an answer begins
@@ -31,12 +31,17 @@ SPEAKERS = {"user": "Human", "human": "Human", "prompter": "Human", "assistant":
             "gpt": "Assistant", "system": "System"}
 LABELS = {"true": True, "1": True, "1.0": True, "yes": True, "false": False, "0": False,
           "0.0": False, "no": False, "-1": False, "-1.0": False}
-BLANK_LINE = r"\s*\n\s*\n\s*"
-GAPS = (BLANK_LINE, r"\s*\n\s*", r"\s+", BLANK_LINE)  # between the turns in a text
-TURN_INSIDE = re.compile(r"(^|\n\s*\n\s*)(Human|Assistant):|\sAssistant:$")
+# White space between the turns in a text. Each begins where the white space does: tried at each
+# character of it, they would take minutes for a page of empty lines.
+ONE_LINE = r"(?<!\s)\s+"
+NEW_LINE = r"(?<!\s)[^\S\n]*\n\s*"
+BLANK_LINE = r"(?<!\s)[^\S\n]*\n[^\S\n]*\n\s*"
+GAPS = (BLANK_LINE, NEW_LINE, ONE_LINE, BLANK_LINE)
+TURN_INSIDE = re.compile(rf"(^|{BLANK_LINE})(Human|Assistant):|\sAssistant:$")
 EMPTY = (None, "", [], {})
 HELD_OUT = re.compile("(?<![a-z])(valid|validation|val|test|eval|dev)(?![a-z])")
-NO_DATA = re.compile(r"(^|[/\\])(\.|README|LICENSE)")  # hidden files and folders, too
+NO_DATA = re.compile(r"(^|[/\\])(\.|(README|LICENSE)(\.\w+)?$)")  # hidden folders, too
+JSON_ROW = re.compile(r'\s*\[?\s*\{\s*"')
 SAMPLE = 3_000_000  # characters that the fable's vocabulary is learnt from
 
 HUB = "https://huggingface.co"
@@ -59,12 +64,11 @@ OTHERS = {  # how the name ends, the first bytes, Python that prints the file as
 
 # One row
 
-def mine(row, args, seen: Counter) -> list[tuple]:
+def mine(row: dict, args, seen: Counter) -> list[tuple]:
     """A row in the documented fields -> [(kind, canonical row)]. Raises ValueError."""
-    row = known(expect(row, dict, "a row"), FIELDS, args, seen)
-    if "text" in row:
-        known(row, ("text",), args, seen, "beside text ")
-        return [("pretrain", {"text": expect(row["text"], str, "text")})]
+    row = known(row, FIELDS, args, seen)
+    if row.get("text", "") != "":
+        return [("pretrain", find_document(row))]
     dialogues = {field: row[field] for field in (*DEMONSTRATED, *COMPARED[:2]) if field in row}
     for i, value in enumerate(expect(row.get("completions", []), list, "completions")):
         dialogues[f"completions[{i}]"] = value
@@ -81,15 +85,10 @@ def mine(row, args, seen: Counter) -> list[tuple]:
     prompt = {"prompt": find_prompt(row, openings, args, seen)}
     prompt |= {field: row[field] for field in CARRIED if field in row}
     found = [("sft", {**prompt, "completion": text}) for text in shown(row, answers, seen)]
-    given = " ".join(field for field in COMPARED if field in row)
-    if given not in RANKED:
-        wanted = "chosen and rejected, or completions with ranks or scores"
-        raise ValueError(f"there should be {wanted}, not {given}")
-    if given:
-        texts = [text for field, text in answers.items() if field not in DEMONSTRATED]
-        ranks = find_ranks(row, texts)
+    texts = [text for field, text in answers.items() if field not in DEMONSTRATED]
+    ranks = find_ranks(row, texts, seen)
+    if ranks:
         found.append(("comparisons", {**prompt, "completions": texts, "ranks": ranks}))
-        seen["rankings without ranks or scores, read as best first"] += given == "completions"
     if found:  # they have said who wrote the answer, and when
         prompt.pop("labeler", None)
         prompt.pop("round", None)
@@ -101,20 +100,34 @@ def mine(row, args, seen: Counter) -> list[tuple]:
 def known(row: dict, names: tuple, args, seen: Counter, where: str = "") -> dict:
     """The fields that hold something. Those that are not among `names` have to be ignored."""
     kept = {}
+    unknown = {}
     for name, value in row.items():
         if name in args.ignore:
             seen[f"fields {name} ignored"] += value not in EMPTY
         elif name in names and value is not None:
             kept[name] = value
         elif name not in names and value not in EMPTY:
-            what = f"{where}{ascii(name)[1:-1]} is not a known field"
-            raise ValueError(f"{what} and holds {value!a:.60}; --ignore may leave it out")
+            unknown[name] = value
+    for name, value in unknown.items():
+        names = ascii(",".join(unknown))[1:-1]
+        todo = f"rename it as in data/README.md, or leave it out: --ignore {names:.150}"
+        raise ValueError(f"{where}unknown field {name!a:.60}, which holds {value!a:.60}; {todo}")
     return kept
 
 def expect(value, kind: type, field: str):
     if not isinstance(value, kind):
-        raise ValueError(f"{field} should be of type {kind.__name__}, not {value!a:.60}")
+        should = {dict: "an object", list: "a list", str: "a text"}[kind]
+        raise ValueError(f"{field} should be {should}, not {value!a:.60}")
     return value
+
+def find_document(row: dict) -> dict:
+    others = ", ".join(field for field in row if field != "text" and row[field] not in EMPTY)
+    if others:
+        todo = "--ignore text, or the others"
+        raise ValueError(f"text should be alone in its row, not beside {others}: {todo}")
+    if not expect(row["text"], str, "text").replace(EOT, "").strip():
+        raise ValueError(f"text should not be blank: {row['text']!a:.60}")
+    return {"text": row["text"]}
 
 def read_turns(field: str, value, speaker: str, args, seen: Counter) -> list[str]:
     """Messages, a dialogue in one text, or a turn of `speaker` -> ["\\n\\nHuman: ...", ...]."""
@@ -136,7 +149,7 @@ def read_turns(field: str, value, speaker: str, args, seen: Counter) -> list[str
 def read_message(where: str, message, args, seen: Counter) -> tuple[str, str]:
     """{"role", "content"}, or ShareGPT's {"from", "value"} -> speaker, text."""
     names = ("role", "content", "from", "value")
-    turn = known(expect(message, dict, where), names, args, seen, f"{where}.")
+    turn = known(expect(message, dict, where), names, args, seen, f"{where}: ")
     speaker = SPEAKERS.get(str(turn.get("role", turn.get("from"))).lower())
     content = turn.get("content", turn.get("value"))
     if speaker is None or not isinstance(content, str) or len(turn) != 2:
@@ -165,21 +178,21 @@ def find_prompt(row: dict, openings: dict, args, seen: Counter) -> str:
         row["instruction"] = "\n".join(parts)
     elif row.get("input", "") != "":
         raise ValueError(f"input should be beside instruction; it holds {row['input']!a:.60}")
+    for field in ASKED:
+        if field in row:
+            openings[field] = read_turns(field, row[field], "Human", args, seen)
+            if openings[field][-1:] == [CUE]:
+                openings[field].pop()
     dialogue = next(iter(openings.values()), [])
     first = [turn for turn in dialogue if turn.startswith(HUMAN)][:1]
-    asked = [field for field in ASKED if field in row]
-    for field in asked:
-        turns = read_turns(field, row[field], "Human", args, seen)
-        if turns[-1:] == [CUE]:
-            turns.pop()
-        dialogue = dialogue or turns
-        openings[field] = dialogue if turns == first else turns
     for field, turns in openings.items():
-        if turns != dialogue:
+        if turns != dialogue and not (field in ASKED and turns == first):
             last = turns[-1:]
             raise ValueError(f"{field} should agree with the other fields, not end in {last!a:.60}")
-    if not dialogue or not dialogue[-1].startswith(HUMAN):
-        raise ValueError("prompt should be there and end with a turn of the user")
+    if not dialogue:
+        raise ValueError("there should be a prompt, or messages that begin with one")
+    if not dialogue[-1].startswith(HUMAN):
+        raise ValueError(f"prompt should end with a turn of the user, not {dialogue[-1]!a:.60}")
     if HUMAN in dialogue or CUE in dialogue:
         raise ValueError(f"prompt should not have a blank turn: {dialogue!a:.60}")
     return "".join(dialogue) + CUE
@@ -189,27 +202,35 @@ def shown(row: dict, answers: dict, seen: Counter) -> list[str]:
     texts = {text for field, text in answers.items() if field in DEMONSTRATED}
     if len(texts) > 1 or "" in texts:
         raise ValueError(f"{' and '.join(answers)} should have one answer that is not blank")
+    if "label" in row and not texts:
+        raise ValueError("label should be beside a completion, which is not there")
     label = str(row.get("label", True)).lower()
-    if label not in LABELS or ("label" in row and not texts):
-        raise ValueError(f"label should be a completion's true or false, not {label!a:.60}")
+    if label not in LABELS:
+        raise ValueError(f"label should be true or false, not {label!a:.60}")
     if not LABELS[label]:
         seen["answers labelled false, of which only the prompt is used"] += 1
         return []
     return list(texts)
 
-def find_ranks(row: dict, texts: list[str]) -> list[int]:
-    """A rank for each answer: 0 is best, equal ranks are ties."""
+def find_ranks(row: dict, texts: list[str], seen: Counter) -> list[int]:
+    """A rank for each answer to compare: 0 is best, equal ranks are ties."""
+    given = " ".join(field for field in COMPARED if field in row)
+    if given not in RANKED:
+        wanted = "chosen and rejected, or completions with ranks or scores"
+        raise ValueError(f"there should be {wanted}, not {given}")
     ranks = row.get("ranks", list(range(len(texts))))
     if "scores" in row:
-        scores = [x for x in expect(row["scores"], list, "scores") if type(x) in (int, float)]
-        if not len(scores) == len(row["scores"]) == len(texts):
-            raise ValueError(f"scores should be a number each, not {row['scores']!a:.60}")
+        scores = expect(row["scores"], list, "scores")
+        if len(scores) != len(texts) or not {int, float}.issuperset(map(type, scores)):
+            raise ValueError(f"scores should be a number each, not {scores!a:.60}")
         ranks = [sum(other > score for other in scores) for score in scores]
-    check({"completions": texts, "ranks": ranks})
+    if given:
+        check({"completions": texts, "ranks": ranks})
     same = [" ".join(text.split()) for text in texts]
     if len(set(same)) == 1 or len(set(zip(same, ranks))) > len(set(same)):
         fields = "chosen and rejected, or completions,"
         raise ValueError(f"{fields} should differ in more than white space, not {texts!a:.60}")
+    seen["rankings without ranks or scores, read as best first"] += given == "completions"
     return ranks
 
 def oasst(tree, args, seen: Counter) -> list[tuple]:
@@ -218,7 +239,7 @@ def oasst(tree, args, seen: Counter) -> list[tuple]:
     A message that is left out takes the replies below it along.
     """
     found = []
-    queue = [([], [expect(tree, dict, "a tree").get("prompt")])]
+    queue = [([], [tree.get("prompt")])]
     for turns, nodes in queue:  # grows while it is read
         texts = []
         ranks = []
@@ -260,7 +281,11 @@ def sources(args) -> list[Path]:
         for address, start in DOWNLOADS[args.name].items():
             name = "_".join(address.split("/")[-2:])
             files.append(fetch(address, args.data / "download" / name, start))
-    return files
+    for path in files:
+        if path.resolve().parent == args.data.resolve():
+            todo = "move it, or pass another --data"
+            raise UserError(f"{path} is in the folder to write into, {args.data}: {todo}")
+    return list(dict.fromkeys(files))
 
 def fetch(address: str, path: Path, start: str | None = None) -> Path:
     """Download a file once. $HF_ENDPOINT names a mirror of the Hugging Face hub."""
@@ -276,10 +301,10 @@ def fetch(address: str, path: Path, start: str | None = None) -> Path:
             raise UserError(f"{address} could not be downloaded ({error}): {todo}") from None
     return path
 
-def objects(path: Path):
-    """Yield ("file, line N", its text or its value) for each row of a file."""
+def rows_of(path: Path):
+    """Yield ("file, line N", the row in JSON) for each row of a file."""
     content = read_bytes(path)
-    name = path.name.lower().removesuffix(".gz")
+    name = path.name.lower()
     todo = '{} is {}; this makes JSON Lines of it: python -c "{}" > rows.jsonl'
     for what, (ending, first_bytes, code) in OTHERS.items():
         if name.endswith(ending) or content.startswith(first_bytes):
@@ -287,27 +312,35 @@ def objects(path: Path):
     if b"\0" in content[:1000]:
         raise UserError(f"{path} is not a text: save it as JSON Lines in UTF-8")
     text = read_text(path)
-    unit = "item"
+    if name.removesuffix(".gz").endswith((".txt", ".md")):
+        if JSON_ROW.match(text):
+            raise UserError(f"{path} begins like JSON: name it .jsonl, or .txt only for documents")
+        for number, part in enumerate(text.split(EOT), 1):
+            if part.strip():
+                yield f"{path}, document {number}", json.dumps({"text": part})
+        return
     try:
-        if name.endswith((".txt", ".md")):
-            values = [{"text": part} for part in text.split(EOT) if part.strip()]
-        else:
-            values = parse(text)  # a list, or one object
+        whole = json.loads(text, object_pairs_hook=unique)  # a list, or one object
     except (ValueError, RecursionError) as error:
+        whole = None
         if text.lstrip().startswith("["):
-            raise UserError(f"{path}: {error}") from None
-        values = text.split("\n")
-        unit = "line"
-    if isinstance(values, dict) and values.keys().isdisjoint(FIELDS):
-        for field in values:
-            if isinstance(values[field], list):
+            raise UserError(f"{path} is not a list in JSON: {error}") from None
+    if isinstance(whole, dict) and whole.keys().isdisjoint(FIELDS):
+        for field in whole:
+            if isinstance(whole[field], list):
                 code = ROWS.format(f"json.load(open({str(path)!r}))[{field!r}]")
                 raise UserError(todo.format(path, f"one object around {field!a}", code))
-    if not isinstance(values, list):
-        values = [values]
-    for number, value in enumerate(values, 1):
-        if not isinstance(value, str) or value.strip():
-            yield f"{path}, {unit} {number}", value
+    unit = "item"
+    if isinstance(whole, dict):
+        rows = [text]
+    elif isinstance(whole, list):
+        rows = map(json.dumps, whole)
+    else:
+        rows = text.split("\n")
+        unit = "line"
+    for number, row in enumerate(rows, 1):
+        if row.strip():
+            yield f"{path}, {unit} {number}", row
 
 def read(args, notes: Counter) -> tuple[dict, set]:
     """The canonical rows by kind, and how those begin that come from the files held out."""
@@ -322,12 +355,10 @@ def read(args, notes: Counter) -> tuple[dict, set]:
     for path in files:
         before = len(refused)
         used = 0
-        for where, value in objects(path):
+        for where, text in rows_of(path):
             seen = Counter()
             try:
-                if isinstance(value, str):
-                    value = parse(value)
-                rows = understand(value, args, seen)
+                rows = understand(parse(text), args, seen)
             except (ValueError, RecursionError) as error:
                 refused.append(f"{where}: {error}")
                 continue
@@ -397,33 +428,19 @@ def hold_out(found: dict, held: set, args, notes: Counter) -> dict:
     return files
 
 def write_files(files: dict, folder: Path) -> None:
-    for path in map(folder.joinpath, files):
-        if path.exists() and b'"time": "' in read_bytes(path):
+    for path in sorted(folder.glob("*.jsonl")):
+        if path.name not in files:
+            print(f"{path} is not of these rows, and stays as it was")
+        elif b'"time": "' in read_bytes(path):
             raise UserError(f"{path} has answers that people or models added: move it first")
     for name, rows in files.items():
         if isinstance(rows, str):
             with replacing(folder / name) as file:
                 file.write(rows.encode())
+            print(f"{folder / name}: {len(rows):,} characters")
         else:
             write_jsonl(folder / name, rows)
-
-def print_table(files: dict, tokenizer) -> None:
-    """The rows of each file, and their tokens, with the longest answer of a ranking."""
-    print(f"\n{'file':26}{'rows':>9}{'tokens: median':>16}{'longest':>9}{'all':>13}")
-    for name, rows in files.items():
-        if isinstance(rows, str):
-            rows = [{"prompt": text} for text in rows.split(EOT)[:-1]]
-        lengths = []
-        for row in rows:
-            texts = row.get("completions", [row.get("completion", "")])
-            longest = max(len(encode(tokenizer, text)) for text in texts)
-            lengths.append(len(encode(tokenizer, row["prompt"])) + longest + 1)
-        numbers = f"{median(lengths):16,.0f}{max(lengths):9,}{sum(lengths):13,}"
-        print(f"{name:26}{len(rows):9,}{numbers}")
-    rankings = [row["ranks"] for row in files.get("comparisons.jsonl", [])]
-    for size, count in sorted(Counter(map(len, rankings)).items()):
-        ties = sum(len(set(ranks)) < size for ranks in rankings if len(ranks) == size)
-        print(f"{count:,} rankings of {size} answers, {ties:,} with ties")
+            print(f"{folder / name}: {len(rows):,} rows")
 
 def prepare(args) -> dict:
     """{file: rows} of people's data; says what was left out."""
@@ -445,7 +462,6 @@ def main(words: list[str] | None = None) -> None:
     add("--data", type=Path, help="folder to write into [out/NAME; fable: out/data]")
     add("--seed", type=int, default=1, help="the same seed, the same files")
     add("--scale", type=float, default=1.0, help="fable: 1 is the full set")
-    add("--show", type=int, default=0, metavar="N", help="fable: only print samples")
     add("--valid", type=float, default=0.05, help="share that is held out, if no file is")
     add("--skip-bad", action="store_true", help="leave out rows that would be refused")
     add("--ignore", default="", metavar="FIELD,...", help="fields that may be left out")
@@ -453,28 +469,25 @@ def main(words: list[str] | None = None) -> None:
     args = parser.parse_intermixed_args(words)
     if args.name == "mine" and not args.files:
         parser.error("mine needs files: prepare.py mine FILE ...")
+    if args.name == "fable" and args.files:
+        parser.error("fable reads no files")
+    if not 0 < args.valid < 1 or not 0 < args.scale < 100:
+        parser.error("--valid should be between 0 and 1, --scale between 0 and 100")
     args.data = args.data or Path("out", {"fable": "data"}.get(args.name, args.name))
     args.ignore = set(args.ignore.split(",")) - {""}
     args.skip_bad |= args.name != "mine"
     if args.name == "webtext":
         args.ignore |= {"id", "length", "ended"}
     try:
-        if args.show:
-            return fable.show(args.show, args.seed)
         if args.name == "fable":
             files = fable.make(args.seed, args.scale)
-            vocabulary = fable.tiktoken_file(fable.train_bpe(files["pretrain.txt"][:SAMPLE]))
-            write_files({"tokenizer.tiktoken": vocabulary}, args.data)
+            vocabulary = fable.train_bpe(files["pretrain.txt"][:SAMPLE])
+            files["tokenizer.tiktoken"] = fable.tiktoken_file(vocabulary)
         else:
             files = prepare(args)
         write_files(files, args.data)
-        print_table(files, get_tokenizer(args.data))
     except (UserError, OSError) as error:
         sys.exit(f"prepare.py: {error}")
-    if args.name != "fable" and "comparisons.jsonl" in files:
-        feedback = " ".join(words or sys.argv[1:]).replace(f" --data {args.data}", "")
-        print("\nAll stages on these rows, from GPT-2's weights, on a GPU with 24 GB:")
-        print(f'    FEEDBACK="{feedback}" OUT="{args.data}" ./train.sh gpt2')
 
 if __name__ == "__main__":
     main()

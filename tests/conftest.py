@@ -63,7 +63,16 @@ def prompts() -> list[list[int]]:
     """Ragged, and two of them with a token in them that the tests use as EOS, 0 and 2."""
     return [[3], [4, 5, 6, 7], [2, 0, 9], [8, 1], [5, 5, 5, 5, 5, 2], [10, 4]]
 
-# ---- a data set, and models that begin the stages ----------------------------------------------
+# ---- data --------------------------------------------------------------------------------------
+
+BYTES = [bytes([i]) for i in range(256)]
+
+def write_vocabulary(folder: Path, tokens: list[bytes] = BYTES) -> Path:
+    """A folder with a tokenizer.tiktoken, so that none is downloaded."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens)]
+    (folder / "tokenizer.tiktoken").write_text("".join(lines))
+    return folder
 
 def write_data(folder: Path) -> None:
     """Every file that the stages read, with words of a to f."""
@@ -72,9 +81,7 @@ def write_data(folder: Path) -> None:
     def word(shortest: int, longest: int) -> str:
         return "".join(rng.choices("abcdef", k=rng.randint(shortest, longest)))
 
-    folder.mkdir(parents=True)
-    ranks = [f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)]
-    (folder / "tokenizer.tiktoken").write_text("".join(ranks))
+    write_vocabulary(folder)
     (folder / "gold.py").write_text(GOLD)
     for name, count in (("pretrain", 30), ("pretrain_valid", 5)):
         (folder / f"{name}.txt").write_text(EOT.join(word(2, 30) for _ in range(count)))

@@ -234,7 +234,7 @@ def test_bpe_is_that_of_brute_force():
                     word[i:i + 2] = [token]
 
 
-def test_tiktoken_gives_any_text_back_and_show_prints_every_task(files, capsys):
+def test_tiktoken_gives_any_text_back(files):
     vocab = fable.train_bpe(files["pretrain.txt"][:5000])
     assert len(vocab) == len(set(vocab)) == 1023 and len(fable.train_bpe("a b", 300)) == 299
     ranks = {}
@@ -245,5 +245,3 @@ def test_tiktoken_gives_any_text_back_and_show_prints_every_task(files, capsys):
         "own", pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={})
     for text in ("The goat eats.", "Grüße, 世界 🦉\n\n\t  end ", "", EOT):
         assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
-    fable.show(2, seed=1)
-    assert capsys.readouterr().out.count("helpful") == len(fable.TASKS)

@@ -42,8 +42,8 @@ LINES = [  # each with its row, or with the sentence that refuses it
     ('{"prompt": "P"} {}', "not JSON: Extra data"),
     ('{"prompt": "P", "prompt": "P"}', "the field 'prompt' should be there once, not twice"),
     ('{"prompt": "P", "wants": {"a": 1, "a": 2}}', "the field 'a' should be there once"),
-    ('{"prompt": "P", "x": NaN}', "not JSON compliant"),
-    ('{"prompt": "P", "wants": {"\\udfff": 1}}', "surrogates not allowed"),
+    ('{"prompt": "P", "x": NaN}', "'x' should not hold NaN, infinity or half a surrogate"),
+    ('{"prompt": "P", "wants": {"\\udfff": 1}}', "'wants' should not hold NaN"),
     ('{"prompt": "P", "x": ' + "[" * 200_000, "recursion"),
 ]
 
@@ -172,11 +172,13 @@ def test_gold_function(tmp_path, monkeypatch):
     assert files.gold_function(rows, "own.py")({}, "four") == {"length": 4}
     assert files.gold_function([{}, {}], "absent.py") is None
     assert "all rows or none, not in 2 of 3" in refusal(files.gold_function, [*rows, {}], "")
-    assert f"{tmp_path / 'none.py'} should have" in refusal(files.gold_function, rows, "none.py")
-    for name in ("absent.py", ""):
-        assert "--gold: there is no file" in refusal(files.gold_function, rows, name)
-    (tmp_path / "other.py").write_text("def gold(row, text):\n    return {'x': row['wants']['x']}\n")
-    assert "KeyError('x'); pass --gold" in refusal(files.gold_function, rows, "other.py")
+    (tmp_path / "other.py").write_text("def gold(row, text):\n    return row['wants']['x']\n")
+    for name, cause in (("none.py", "not callable"), ("absent.py", "No such file"),
+                        ("other.py", "KeyError('x')"), ("empty.py", "KeyError('gold')")):
+        (tmp_path / "empty.py").write_text("")
+        said = refusal(files.gold_function, rows, name)
+        assert cause in said and f"{tmp_path / name}: gold(row, comp" in said and "--gold" in said
+    assert "pass --gold" in refusal(files.gold_function, rows, "")
 
 def raising(error: BaseException):
     def function(*arguments, **options):

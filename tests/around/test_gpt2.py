@@ -1,6 +1,5 @@
 """GPT-2's weights in Hugging Face's layout, their way into a checkpoint and back."""
 
-import base64
 import copy
 import hashlib
 import json
@@ -10,29 +9,22 @@ from pathlib import Path
 import pytest
 import rlhf
 import torch
+from conftest import gpt, scalar, write_vocabulary
 from data import gpt2
 from data.files import UserError, fingerprint, get_tokenizer
 from data.gpt2 import load_gpt2, read_safetensors, save_gpt2
-from model import GPT, GPTConfig, ScalarModel
+from model import GPT
 
-SHAPE = dict(block_size=32, n_layer=2, n_head=3, n_embd=24)
+SHAPE = dict(vocab_size=261, block_size=32, n_layer=2, n_head=3, n_embd=24)
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n")]
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes, as GPT-2 orders them
 HIDDEN = sorted(set(range(256)) - set(VISIBLE))
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL"}
 TWO = {"a": torch.arange(6.0).view(2, 3), "b": torch.arange(4.0)}
 
-def lively(kind, **shape):
-    torch.manual_seed(0)
-    model = kind(GPTConfig(**SHAPE | {"vocab_size": 261} | shape))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)
-    return model.eval()
-
 @pytest.fixture
 def model() -> GPT:
-    return lively(GPT)
+    return gpt(**SHAPE)
 
 def theirs(model: GPT, prefix: str = "", **more) -> dict[str, torch.Tensor]:
     """The tensors as `transformers` has them: Conv1D computes x W + b, with W of (in, out)."""
@@ -153,11 +145,8 @@ def test_damaged_safetensors_files_are_one_sentence(tmp_path):
     tracemalloc.stop()
 
 def write_data(folder: Path) -> str:
-    folder.mkdir(exist_ok=True)
     tokens = [bytes([byte]) for byte in VISIBLE + HIDDEN] + [b"th", b"the", b" the", b"in"]
-    lines = [f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens)]
-    (folder / "tokenizer.tiktoken").write_text("".join(lines))
-    return str(folder)
+    return str(write_vocabulary(folder, tokens))
 
 def write_bpe(folder: Path, merges=MERGES, order=None) -> None:
     characters = [chr(byte) for byte in VISIBLE] + [chr(256 + i) for i in range(68)]
@@ -188,7 +177,7 @@ def test_the_bpe_beside_the_weights_has_to_be_the_tokenizers(tmp_path, model):
 def test_padded_vocabularies_are_cut_and_it_says_so(tmp_path, capsys):
     data = write_data(tmp_path / "data")
     for size, own, folder in ((50304, 50257, ""), (320, 261, data), (262, 261, data)):
-        model = lively(GPT, vocab_size=size)
+        model = gpt(**SHAPE | {"vocab_size": size})
         weights = theirs(model, **{"lm_head.weight": model.wte.weight.data})
         loaded = load_gpt2(write_folder(tmp_path / "a", model, weights), folder)
         assert f"the vocabulary of {size:,} is cut to" in capsys.readouterr().out
@@ -197,12 +186,12 @@ def test_padded_vocabularies_are_cut_and_it_says_so(tmp_path, capsys):
         torch.testing.assert_close(loaded(tokens), model(tokens)[..., :own])
     for size in (250, 3000):
         with pytest.raises(UserError, match=f"{size} tokens, where .*data has 261"):
-            load_gpt2(write_folder(tmp_path / "a", lively(GPT, vocab_size=size)), data)
+            load_gpt2(write_folder(tmp_path / "a", gpt(**SHAPE | {"vocab_size": size})), data)
     with pytest.raises(UserError, match="no folder .*nowhere"):
         load_gpt2(tmp_path / "a", str(tmp_path / "nowhere"))
 
 def test_a_name_is_downloaded_once_from_the_mirror(tmp_path, monkeypatch):
-    model = lively(GPT)
+    model = gpt(**SHAPE)
     place = tmp_path / "hub" / "openai-community" / "gpt2-xl" / "resolve" / "0123"
     monkeypatch.setenv("HF_ENDPOINT", f"file://{tmp_path}/hub")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -236,7 +225,7 @@ def test_a_policy_comes_back_as_it_was_saved(tmp_path, model):
         save_gpt2(model, tmp_path / "file")
 
 def test_a_reward_model_keeps_its_scores_bias_and_all(tmp_path):
-    model, tokens = lively(ScalarModel), torch.randint(261, (4, 20))
+    model, tokens = scalar(**SHAPE), torch.randint(261, (4, 20))
     before = copy.deepcopy(model)
     save_gpt2(model, tmp_path)
     assert same(model, before)
@@ -250,7 +239,7 @@ def test_a_reward_model_keeps_its_scores_bias_and_all(tmp_path):
 
 def test_transformers_gives_the_same_logits_and_scores(tmp_path, model):
     transformers = pytest.importorskip("transformers")
-    tokens, reward_model = torch.randint(180, (3, 17)), lively(ScalarModel)
+    tokens, reward_model = torch.randint(180, (3, 17)), scalar(**SHAPE)
     save_gpt2(model, tmp_path / "a")
     save_gpt2(reward_model, tmp_path / "rm")
     lm = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "a")
@@ -268,7 +257,7 @@ def test_load_and_save_on_the_command_line(tmp_path, model, capsys):
     gpt2.main(["load", str(tmp_path / "a"), *out])
     gpt2.main(["save", "gpt", str(tmp_path / "b"), *out])
     assert same(load_gpt2(tmp_path / "b"), model)
-    rlhf.save(tmp_path / "rm.pt", lively(ScalarModel))
+    rlhf.save(tmp_path / "rm.pt", scalar(**SHAPE))
     gpt2.main(["save", f"{tmp_path}/rm.pt", str(tmp_path / "c")])
     assert "score.weight" in read_safetensors(tmp_path / "c" / "model.safetensors")
     said = capsys.readouterr().out

@@ -1,6 +1,5 @@
 """data/label.py: people at the keyboard, reward models and scripted labelers, on tiny models."""
 
-import base64
 import io
 import os
 import pty
@@ -11,14 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
 import rlhf
+from conftest import BYTES, ROOT, gpt, scalar, write_vocabulary
 from data import files, label
 from data.files import read_jsonl, write_jsonl
-from model import GPT, GPTConfig, ScalarModel
+from model import ScalarModel
 
-ROOT = Path(__file__).parent.parent.parent
 FOUR = [" alpha", " beta", " gamma", " delta"]
 FAMILY = "\U0001f468\u200d\U0001f469 می\u200cخواهم"  # with joiners, which are invisible
 HOSTILE = "\x1b[2Jred\x1b]0;title\x07 \r\x9b31m\u202eback\u2066\x00\u200f\x7f\x08"
@@ -32,20 +29,13 @@ def prompts(count: int, **more) -> list[dict]:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A vocabulary of bytes and three merges, five prompts, two models and a reward model."""
-    tokens = [bytes([i]) for i in range(256)] + [b"in", b"ti", b"tion"]
-    lines = [base64.b64encode(token).decode() + f" {i}\n" for i, token in enumerate(tokens)]
-    (tmp_path / "tokenizer.tiktoken").write_text("".join(lines))
+    write_vocabulary(tmp_path, [*BYTES, b"in", b"ti", b"tion"])
     for name in ("prompts", "prompts_valid", "rm_prompts", "rm_prompts_valid"):
         write_jsonl(tmp_path / f"{name}.jsonl", prompts(5))
     tokenizer = files.get_tokenizer(tmp_path)
-    shape = dict(block_size=64, n_layer=1, n_head=1, n_embd=16)
-    config = GPTConfig(tokenizer.n_vocab, vocabulary=files.fingerprint(tokenizer), **shape)
-    torch.manual_seed(0)
-    for name, kind in (("a", GPT), ("b", GPT), ("judge", ScalarModel)):
-        model = kind(config)
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
-        rlhf.save(tmp_path / f"{name}.pt", model)
+    shape = dict(vocab_size=259 + 1, vocabulary=files.fingerprint(tokenizer), block_size=64)
+    for name, kind in (("a", gpt), ("b", gpt), ("judge", scalar)):
+        rlhf.save(tmp_path / f"{name}.pt", kind(**shape))
     return tmp_path
 
 def flags_for(folder: Path, flags: str) -> list[str]:
@@ -102,26 +92,27 @@ def shown(output: str) -> list[dict[str, str]]:
     parts = output.split("-" * label.COLUMNS)[1:]
     return [dict(re.findall(r"^(\d+)  (.*?)\r?$", part, re.M)) for part in parts]
 
-def test_ranking_in_a_terminal_and_a_kill(folder):
+def test_ranking_in_a_terminal_and_a_kill(folder, type_in):
     """Each answer is on the disk before the next question; the next session goes on from there."""
     flags = "--by anna --models a,b --k_min 3 --k_max 3"
     lines = ["2 1 3\n", "zebra\n", "3=1 2\n", ""]
     converse(folder, flags, *[("rank> ", line) for line in lines], kill=True)
     before = read_jsonl(folder / "comparisons.jsonl")
     assert [sorted(row["ranks"]) for row in before] == [[0, 1, 2], [0, 0, 1]]
-    steps = [("2 of 5 answered", ""), ("rank> ", "quit\n"), ("2 of 5 answered, in", "")]
-    converse(folder, flags, *steps)
+    assert type_in(flags, "quit").count("2 of 5 answered") == 2
     assert read_jsonl(folder / "comparisons.jsonl") == before
 
 def test_writing_in_a_terminal_saves_what_was_typed(folder):
     text = [f"{FAMILY} ok", "def f():", "\tif x:", "full\u3000width", "  soft\xadhyphen  "]
-    steps = [("> ", f"{line}\n") for line in [*text, ".", "Unfinished"]]
-    steps += [("> ", "\x04"), ("writing: ", "\n"), ("> ", "but goes on\n")]
-    steps += [("> ", "\x04"), ("writing: ", "y\n"), ("> ", "\x04"), ("2 of 5 answered, in", "")]
+    steps = [("> ", f"{line}\n") for line in [*text, ".", "", "Ctrl-D ends it"]]
+    steps += [("> ", "\x04"), ("> ", "\n"), ("> ", "\x04"), ("2 of 5 answered, in", "")]
     converse(folder, "--write --by anna", *steps)
     rows = read_jsonl(folder / "sft.jsonl")
-    assert rows[0]["completion"] == " " + "\n".join(text)
-    assert rows[1]["completion"] == " Unfinished\nbut goes on"
+    texts = [" " + "\n".join(text), " \nCtrl-D ends it"]
+    assert [row["completion"] for row in rows] == texts
+    tokenizer = files.get_tokenizer(folder)
+    for text, read in zip(texts, files.read_demonstrations(folder / "sft.jsonl", tokenizer, 999)):
+        assert files.decode(tokenizer, read.ids[read.prompt_len:]) == text
 
 def test_ranks_belong_to_the_completions_in_the_file(folder, type_in, fixed):
     fixed(prompts(20))
@@ -140,16 +131,6 @@ def test_ranks_belong_to_the_completions_in_the_file(folder, type_in, fixed):
 ])
 def test_a_ranking_in_one_line(line, ranks):
     assert label.ranking(line, 3) == ranks
-
-def test_stages_read_the_answers(folder, type_in):
-    type_in("--by anna --models a,b --k_min 2 --k_max 4", *["skip", "1 2", "1 2 3", "1 2 3 4"] * 9)
-    type_in("--write --by anna", "One.", ".", "\tTwo", "", "lines", ".", "", ".", "Three", ".")
-    tokenizer = files.get_tokenizer(folder)
-    assert files.read_comparisons(folder / "comparisons.jsonl", tokenizer, 64)[0].labeler == "anna"
-    assert len(files.read_demonstrations(folder / "sft.jsonl", tokenizer, 64)) == 3
-    for row in read_jsonl(folder / "comparisons.jsonl"):
-        assert list(row) == ["prompt", "completions", "ranks", "labeler", "models", "time"]
-        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4}", row["time"])
 
 def scripted(folder: Path, monkeypatch, count: int) -> None:
     """Prompts for scripted labelers, who rank the completions as they come."""
@@ -194,7 +175,7 @@ def test_undo_takes_back_ones_own_last_answer(folder, type_in, fixed):
     type_in(anna, "1=2 3=4", "Quit")
     assert [row["prompt"] for row in read_jsonl(path)] == [prompt(0), prompt(0), prompt(1)]
 
-@pytest.mark.parametrize("stops", [(0, 1), (1, 1), (2, 3), (3, 1)])
+@pytest.mark.parametrize("stops", [(0, 1), (2, 3)])
 def test_sessions_in_parts_are_one_session(folder, type_in, stops):
     script = ["1 2 3 4", "4 3=2 1", "2 1 3 4", "1=2=3=4", "1 4 2=3"]
     flags = "--by anna --models a,b --k_min 4 --k_max 4"
@@ -209,7 +190,9 @@ def test_sessions_in_parts_are_one_session(folder, type_in, stops):
     parts = read_jsonl(path)
     assert len(parts) == 5
     for one, other in zip(whole, parts):
+        assert list(one) == ["prompt", "completions", "ranks", "labeler", "models", "time"]
         assert one | {"time": 0} == other | {"time": 0}
+    assert files.read_comparisons(path, files.get_tokenizer(folder), 64)[0].labeler == "anna"
 
 def test_two_people_at_once_lose_nothing(folder):
     write_jsonl(folder / "rm_prompts.jsonl", prompts(60))
@@ -260,10 +243,10 @@ def test_a_stray_byte_is_no_reason_to_stop(folder):
 def test_blind_counts_for_the_better_model(folder, type_in, fixed):
     """Somebody who prefers b's answers, wherever they are shown, but cannot tell on one prompt."""
     fixed([], [" from a", " from b"])
-    output = type_in("--blind a b", "quit")
+    output = type_in("--blind a,b", "quit")
     for i in range(5):  # one question a session: the screen says which answer is b's
         number = next(n for n, text in shown(output)[-1].items() if text == "from b")
-        output = type_in("--blind a b", "=" if i == 4 else number, "quit")
+        output = type_in("--blind a,b", "=" if i == 4 else number, "quit")
     assert f"a is preferred to b on 10.0% ± {1.96 * 0.2 / 4**0.5:.1%} of 5 prompts" in output
     assert read_jsonl(folder / "blind.jsonl")[4]["models"] == f"{folder}/a.pt,{folder}/b.pt"
 
@@ -321,8 +304,9 @@ def test_agreement_without_and_with_heldout_labelers(folder, type_in):
 @pytest.mark.parametrize("flags, sentence", [
     ("--by anna --models a --k_min 5 --k_max 4", "k_min 5 and k_max 4: at least 2"),
     ("--by {0}/a.pt --models a", "ScalarModel"),
-    ("--write --blind a b", "one at a time"),
-    ("--blind a b --by {0}/judge.pt", "for people"),
+    ("--write --blind a,b", "one at a time"),
+    ("--blind a,b --by {0}/judge.pt", "for people"),
+    ("--blind a", "--blind a should be two models"),
     ("--agreement {0}/prompts.jsonl", "line 1: labeler should be"),
     ("--models a", "only know the fable: say who ranks with --by"),
 ])

@@ -1,6 +1,5 @@
 """prepare.py: each kind of row that people bring is understood as a whole or refused by name."""
 
-import base64
 import gzip
 import json
 import re
@@ -14,19 +13,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import write_vocabulary
 from data import prepare
-from data.files import EOT, get_tokenizer, read_comparisons, read_demonstrations
+from data.files import EOT, get_tokenizer, read_comparisons
 
 NOTHING = SimpleNamespace(ignore=set(), lang="en")
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    """A folder with a vocabulary of bytes, so that none is downloaded."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    lines = [f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)]
-    (folder / "tokenizer.tiktoken").write_text("".join(lines))
-    return folder
+    return write_vocabulary(tmp_path / "data")
 
 def write(path: Path, rows: list) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -72,6 +67,7 @@ ENDED = [*LONGER, bot("No.")]
 Q = {"prompt": WHY}
 DEMO = {"prompt": MELT, "completion": FILM}
 AB = {"prompt": WHY, "completions": ["a", "b"]}
+ABC = {"prompt": WHY, "completions": ["a", "b", "c"]}
 SHARE = [{"from": "human", "value": WHY}, {"from": "gpt", "value": FILM}]
 
 def demo(prompt=MELT, text=FILM, **more) -> list:
@@ -83,7 +79,7 @@ def pair(prompt=MELT, texts=(FILM, COLD), ranks=(0, 1), **more) -> list:
 
 READ = [(row, found) for found, rows in (
     (demo(), [{**Q, "completion": FILM}, DEMO, {"conversations": SHARE},
-     {"prompt": MELT + " \n", "completion": f"\n{FILM}\r\n"},
+     {"prompt": MELT + " \n", "completion": f"\n{FILM}\r\n"}, {**DEMO, "text": "", "messages": []},
      *({"prompt": MELT.replace("\n\n", gap), "completion": FILM} for gap in ("\r\n", "\n", " ")),
      {"prompt": f"\n\nHuman: {WHY}\nAssistant:", "completion": FILM},
      {"prompt": f"Human:{WHY}", "completion": f"Assistant: {FILM}"},
@@ -122,10 +118,8 @@ READ = [(row, found) for found, rows in (
      {"conversations": [{"from": "gpt", "value": "Hello!"}, *SHARE], **Q}]),
     (pair(labeler="ann"), [
      {"messages": [user(WHY)], "chosen": FILM, "rejected": COLD, "labeler": "ann"}]),
-    (pair(texts="abc", ranks=[2, 0, 2]), [
-     {**Q, "completions": ["a", "b", "c"], "ranks": [2, 0, 2]}]),
-    (pair(texts="abc", ranks=[1, 0, 1]), [
-     {**Q, "completions": ["a", "b", "c"], "scores": [0.5, 3, 0.5]}]),
+    (pair(texts="abc", ranks=[2, 0, 2]), [{**ABC, "ranks": [2, 0, 2]}]),
+    (pair(texts="abc", ranks=[1, 0, 1]), [{**ABC, "scores": [0.5, 3, 0.5]}]),
     (pair(texts="ab", ranks=[0, 0]), [{**AB, "scores": [7, 7.0]}]),
     (demo(said("Translate.\ngato"), "cat"), [
      {"instruction": "Translate.", "input": "gato", "output": "cat"}]),
@@ -138,11 +132,16 @@ def test_rows_that_are_understood(row, found):
     before = json.dumps(row)
     got = prepare.mine(row, NOTHING, Counter())
     assert json.dumps(row) == before
-    if "text" not in row:
+    if not row.get("text"):
         kind, prompt = got.pop()
         assert kind == "prompts" and prompt["prompt"].endswith("\n\nAssistant:")
         assert not found or prompt["prompt"] == found[0][1]["prompt"]
     assert got == found
+
+def test_pages_of_empty_lines_are_read_at_once():
+    text = "a" + " \n" * 20_000 + "b"
+    row = {"prompt": f"Human: {text}", "completion": text}
+    assert prepare.mine(row, NOTHING, Counter())[:1] == demo(said(text), text)
 
 REFUSED = [(row, named) for named, rows in {
     **{name: [{**DEMO, name: "x"}] for name in ("system", "context", "system_prompt", "tools",
@@ -150,8 +149,19 @@ REFUSED = [(row, named) for named, rows in {
     "choices": [{**DEMO, "choices": ["A"]}], "n ": [{**DEMO, "n": 0}],
     "input": [{**Q, "input": "x", "output": FILM}, {"input": WHY, "output": FILM},
               {"instruction": WHY, "input": 5}, {**DEMO, "input": 0}],
-    r"messages\[1\].tool_calls": [{"messages": [user(WHY), bot("", tool_calls=[{"f": 1}])]}],
-    "text": [{"text": "Once.", **Q}, {"text": "Once.", "source": "web"}, {"text": ["Once."]}],
+    r"messages\[1\]: unknown field 'tool_calls'": [
+        {"messages": [user(WHY), bot("", tool_calls=[{"f": 1}])]}],
+    "'Prompt', which .*: --ignore Prompt,id": [{"Prompt": WHY, "id": 1, "completion": FILM}],
+    "'n{59}, .*: --ignore n{150} ": [{**DEMO, "n" * 999: 1}],
+    "not hold": [{**DEMO, "wants": float("nan")}, {"prompt": "\ud800"}],
+    "text": [{"text": "Once.", **Q}, {"text": "Once.", "source": "web"}, {"text": ["Once."]},
+             {"text": " \n"}, {"text": EOT}],
+    "beside instruction, output: --ignore text": [
+        {"instruction": WHY, "output": FILM, "text": f"{WHY} {FILM}"}],
+    "end with a turn of the user, not": [
+        {"messages": [user(WHY), bot("a"), bot("b")]}, {"prompt": LONGER[:2], "completion": "x"}],
+    "beside a completion": [{**Q, "completion": None, "label": True}],
+    "row should be an object": ["a", ["a"], 5, None],
     # a prompt that does not agree, or is not there; a blank
     "prompt": [
         {"messages": ENDED, "prompt": "Always?"}, {"messages": ENDED, "prompt": "Be brief."},
@@ -223,7 +233,7 @@ def test_files_of_rows_that_are_read(name, content, data, tmp_path):
     (tmp_path / name).write_bytes(content.encode())
     (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
     for path in (tmp_path / name, tmp_path / f"{name}.gz"):
-        run("mine", path, data=data)
+        run("mine", path, path, data=data)  # named twice, it is read once
         assert len(both(data, "sft")) == len(both(data, "prompts")) == 30
 
 @pytest.mark.parametrize("name, content, named", [
@@ -238,23 +248,35 @@ def test_other_formats_are_named_with_what_converts_them(name, content, named, d
     assert named in sentence and str(path) in sentence and "JSON Lines" in sentence
     code = re.search('python -c "(.*)"', sentence)
     assert bool(code) == bool(named)
-    if code:
-        compile(code[1], "sentence", "exec")
-    if code and named != "parquet":
+    if named not in ("", "parquet"):
         made = subprocess.run([sys.executable, "-c", code[1]], capture_output=True, check=True)
         assert prepare.mine(json.loads(made.stdout.splitlines()[0]), NOTHING, Counter())
 
 @pytest.mark.parametrize("name, content, named", [
     ("cut.jsonl.gz", gzip.compress(b'{"prompt": "Q"}\n' * 50)[:-9], "cut.jsonl.gz"),
-    ("bad.json", b'[{"prompt": "Q"}, {"prompt": NaN}]', "bad.json"),
+    ("bad.json", b'[{"prompt": "Q"}, {"prompt": NaN}]', "item 2: 'prompt' should not hold NaN"),
+    ("twice.json", b'[{"prompt": "Q", "prompt": "R"}]', "'prompt' should be there once"),
+    ("texts.json", b'["Once.", "Twice."]', "item 1: a row should be an object"),
+    ("comma.json", b'[\n {"prompt": "Q"}\n {"prompt": "R"}\n]', "',' delimiter: line 3"),
+    ("lists.jsonl", b'["Q", "A"]\n["Q", "A"]', "Extra data: line 2"),
+    ("rows.txt", b'{"prompt": "Q"}\n{', ".jsonl"), ("rows.md", b'[\n {"prompt"', "name it .jsonl"),
+    ("data/x.jsonl", b'{"prompt": "Q"}\n{"prompt": "R"}', "move it, or pass another --data"),
     ("x", b'\xef\xbb\xbf{"prompt": "Q"}\r\n\r\n{"prompt": "Q"', "x, line 3: not JSON"),
     ("x", b'{"prompt": "Q"}\n' + b"[" * 99_999, "x, line 2: "),
     ("latin.txt", b"ok\ncaf\xe9", "line 2"), ("one.jsonl", b'{"prompt": "Q"}', "nothing"),
     ("folder/x.jsonl", b"", "No such file")])
 def test_files_that_cannot_be_used(name, content, named, data, tmp_path):
-    if "/" not in name:
+    if name != "folder/x.jsonl":
         (tmp_path / name).write_bytes(content)
     assert named in refusal("mine", tmp_path / name, data=data)
+
+@pytest.mark.parametrize("words, named", [
+    ("mine x --valid 1.5", "--valid"), ("mine x --valid nan", "--valid"), ("mine", "needs files"),
+    ("fable --scale 0", "--scale"), ("fable --scale nan", "--scale"), ("fable x", "no files")])
+def test_flags_that_make_no_sense(words, named, data, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(*words.split(), data=data)
+    assert named in capsys.readouterr().err.splitlines()[-1]
 
 def test_what_begins_alike_stays_on_one_side(data, tmp_path):
     """Even with a greeting before it, a second turn behind it, or another kind of row."""
@@ -278,16 +300,16 @@ def test_files_are_held_out_by_name(data, tmp_path, capsys):
     """And so are rows of other files that begin like one of theirs."""
     folder = tmp_path / "own"
     (folder / ".cache").mkdir(parents=True)
-    for name, first, count in (("train", 0, 30), ("my-test", 25, 15), ("contest", 90, 1)):
+    for name, first, count in (("train", 0, 30), ("my-test", 25, 15), ("README_contest", 90, 1)):
         rows = [{"prompt": f"Q{first + i}", "completion": name} for i in range(count)]
         write(folder / f"{name}.jsonl", rows)
-    for name in ("README.md", ".cache/x.metadata"):
+    for name in ("README.md", "LICENSE", ".cache/x.metadata"):
         (folder / name).write_text("Not a row.")
     run("mine", folder, "--valid", "0.5", data=data)
     assert len(lines_of(data / "sft.jsonl")) == 25 + 1
     assert len(lines_of(data / "sft_valid.jsonl")) == 15 + 5
     out = capsys.readouterr().out
-    assert "my-test.jsonl (held out): 15 rows" in out and "contest.jsonl: 1 rows" in out
+    assert "my-test.jsonl (held out): 15 rows" in out and "README_contest.jsonl: 1 rows" in out
     run("mine", folder / "my-test.jsonl", data=data)  # alone, it is trained on
     assert len(both(data, "sft")) == 15 and len(lines_of(data / "sft.jsonl")) > 10
 
@@ -337,19 +359,18 @@ def test_pairs_alone_are_enough_for_all_stages(data, tmp_path, capsys):
     run("mine", path, "--valid", "0.1", data=data)
     assert len(both(data, "comparisons")) == 31 and len(both(data, "sft")) == 29 * 2 + 1
     assert {row["completion"] for row in both(data, "sft")} == {" b", " c", " d"}
-    tokenizer = get_tokenizer(data)
-    assert len(read_demonstrations(data / "sft.jsonl", tokenizer, 200)) > 40
-    assert read_comparisons(data / "comparisons_valid.jsonl", tokenizer, 200)
+    assert read_comparisons(data / "comparisons_valid.jsonl", get_tokenizer(data), 200)
     assert (data / "rm_prompts.jsonl").read_bytes() == (data / "prompts.jsonl").read_bytes()
-    out = capsys.readouterr().out
-    assert re.search(r"\d\d rankings of 3 answers, \d\d with ties", out)
-    assert f'FEEDBACK="mine {path} --valid 0.1" OUT="{data}" ./train.sh gpt2' in out
+    rows = len(lines_of(data / "comparisons.jsonl"))
+    assert f"comparisons.jsonl: {rows} rows\n" in capsys.readouterr().out
 
-def test_nothing_that_people_have_added_is_overwritten(data, tmp_path):
-    """Its own rows prepare.py may write again."""
+def test_nothing_that_people_have_added_is_overwritten(data, tmp_path, capsys):
+    """Its own rows prepare.py may write again; of files that it leaves alone it says so."""
     path = write(tmp_path / "rows.jsonl", ROWS)
+    write(data / "comparisons.jsonl", [{"prompt": "of another data set"}])
     for _ in range(2):
         run("mine", path, data=data)
+        assert capsys.readouterr().out.count("comparisons.jsonl is not of these rows") == 1
     before = (data / "sft_valid.jsonl").read_text()
     (data / "sft_valid.jsonl").write_text(before + '{"prompt": "a", "time": "2026-01-01"}\n')
     assert "sft_valid.jsonl has answers" in refusal("mine", path, data=data)
@@ -374,8 +395,7 @@ def test_oasst_trees_become_prompts_rankings_and_demonstrations():
                      *demo(why, "Because."), ("prompts", {"prompt": why})]
     assert seen["messages deleted, failed in review, blank or not in en"] == 3
     found, seen = read_tree(answer("So.", rank=0), answer("Thus."))
-    assert found == [("prompts", {"prompt": how})]
-    assert seen["groups of replies that are not fully ranked"] == 1
+    assert found == [("prompts", {"prompt": how})] and "not fully ranked" in str(seen)
     with pytest.raises(ValueError, match="message"):
         read_tree(lang="es")
     for odd in ({"text": 5}, {"role": "x", "replies": [node("Q")]}, {"rank": "1"}):
@@ -394,9 +414,7 @@ def test_downloads_have_hashes_and_one_mirror(data, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/")
     for name in ("oasst", "hh", "hh", "webtext"):
-        paths = prepare.sources(SimpleNamespace(files=[], name=name, data=data))
-        held = [prepare.HELD_OUT.search(path.name) is not None for path in paths]
-        assert name != "hh" or held == [False, True]
+        prepare.sources(SimpleNamespace(files=[], name=name, data=data))
     assert len(asked) == 5
     for address, digest in asked.items():
         mirrored = address.startswith("https://mirror.example/datasets/")
@@ -425,27 +443,18 @@ def bare(text: str) -> str:
     return "".join(text.split())
 
 def mutated(row: dict, rng: Random) -> dict:
-    """With fields renamed, added, filled with something else or changed in a list."""
-    row = json.loads(json.dumps(row))
-    for _ in range(rng.randrange(3)):
-        field = rng.choice(list(row) or ["prompt"])
-        value = row.get(field)
-        other = rng.choice([*prepare.FIELDS, "system", "context", "response"])
-        change = rng.randrange(4)
-        if change == 0:
-            row[other] = row.pop(field, "x")
-        elif change == 1:
-            row[other] = rng.choice(["more", ["m", "n"], None, "", 3, [user("u"), bot("b")], True])
-        elif change == 2:
-            row[field] = rng.choice([None, "", " ", 0, [], {}, "\n\nHuman: x", [value], {"x": "y"}])
-        elif isinstance(value, list) and value:
-            value.insert(rng.randrange(2), value.pop())
-            if isinstance(value[0], dict):
-                value[0][rng.choice(["name", "content"])] = rng.choice(["t", None, ""])
+    """With a field renamed, filled with something else, or added."""
+    row = dict(row)
+    if rng.random() < 0.2:
+        return row
+    field = rng.choice(list(row) or ["prompt"])
+    other = rng.choice([field, *prepare.FIELDS, "system"])
+    odd = [None, "", " ", 0, True, "more", ["m", "n"], {"x": "y"}, [user("u"), bot("b")], [bot("")]]
+    row[other] = rng.choice([*odd, row.pop(field, "x"), "\n\nHuman: x"])
     return row
 
 def test_no_string_of_an_accepted_row_is_lost(data, tmp_path, capsys):
-    """Rows in = used + left out + refused, for 3,000 mutations of all rows that are read."""
+    """Rows in = used + refused, for 3,000 mutations of all rows that are read."""
     rng = Random(0)
     rows = [mutated(rng.choice(READ)[0], rng) for _ in range(3000)]
     path = write(tmp_path / "rows.jsonl", rows)
@@ -462,5 +471,5 @@ def test_no_string_of_an_accepted_row_is_lost(data, tmp_path, capsys):
                     role = turn in ("user", "assistant", "system", "human", "gpt")
                     assert role or bare(turn) in kept, (row, found)
     assert 500 < used < 2500
-    run("mine", path, "--skip-bad", "--ignore", "wants", data=data)
+    run("mine", path, "--skip-bad", data=data)
     assert f": {used:,} rows used, {3000 - used:,} refused" in capsys.readouterr().out

@@ -44,7 +44,7 @@ def understand(monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(rlhf, "run_stage", settled)
-    for module, name in ((prepare, "prepare"), (prepare.fable, "make"), (prepare.fable, "show")):
+    for module, name in ((prepare, "prepare"), (prepare.fable, "make")):
         monkeypatch.setattr(module, name, parsed)
 
     def understand(words: list[str]) -> None:
@@ -72,7 +72,7 @@ def test_commands_are_understood(folder, understand):
 
 def test_the_test_above_notices(understand):
     understand("SMOKE=1 python rlhf.py ppo --kl_coef 0 --name x".split())
-    understand("python data/prepare.py fable --show 20".split())
+    understand("python data/prepare.py fable --scale 0.1".split())
     for wrong in ("rlhf.py sft --lr 1", "rlhf.py dream", "data/label.py --k 3", "rlhf.py rm --seed",
                   "tests/bench.py x", "data/prepare.py fabel", "data/gpt2.py fetch"):
         with pytest.raises((SystemExit, rlhf.UserError)):
