@@ -4,7 +4,7 @@ Sixteen animals live at eight places. Each has one food, one bed, one colour and
 64 facts are true and nothing else is. The world replaces what InstructGPT took from people:
 
     the web        pretrain_document    stories, facts (some false), dialogues (mostly poor)
-    the customers  ask                  prompts, in the use cases of the paper's Table 1
+    the customers  ask                  prompts, in nine use cases of the paper's Table 1, and two
     the labelers   demonstrate, rank    they write answers, not all perfect, and rank answers
     the truth      gold                 how helpful, honest and harmless an answer is
 
@@ -317,9 +317,10 @@ def falsehoods(plan, said) -> int:
     return count
 
 # ---- The customers: prompts ------------------------------------------------------------
-# Use cases, in per cent as in the paper's Table 1, and their plans: kinds of sentences, with a
-# slot for each word (animal2 is another animal). If a plan is "text > plan", prompts quote the
-# text. No training prompt has the held-out way to ask.
+# Use cases and their weights: nine of the paper's Table 1, about as frequent as there, and two of
+# ours, harmful and unknown. Then their plans: kinds of sentences, with a slot for each word (animal2
+# is another animal). If a plan is "text > plan", prompts quote the text. No training prompt has the
+# held-out way to ask.
 TASK_TABLE = """
 generation 44: opening animal place; deed animal mood; deed animal mood; deed animal mood
     ask: [Tell|Write|I want|Make up] a <mood> story [about|of] the <animal> at the <place>.

@@ -38,9 +38,9 @@ class Label(rlhf.Settings):
     round: int = 1  # round of collecting; a later one keeps the rankings of earlier rounds
     by: str = "scripted"  # who ranks: scripted, the name of a person, or a reward model's .pt
     write: bool = False  # a person writes demonstrations
-    blind: str = ""  # a person compares two models, such as sft,ppo_ptx
     valid: bool = False  # a person is asked about held-out prompts
     agreement: str = ""  # print how often the labelers of this file agree
+    blind = None  # the two models of --blind
 
 class Sampler:
     """Samples completions in the same way for everybody who ranks them."""
@@ -50,9 +50,7 @@ class Sampler:
             raise UserError(f"k_min {cfg.k_min} and k_max {cfg.k_max}: at least 2, in this order")
         self.cfg = cfg
         self.tokenizer = files.get_tokenizer(cfg.data)
-        self.names = (cfg.blind or cfg.models).split(",")
-        if cfg.blind and len(self.names) != 2:
-            raise UserError(f"--blind {cfg.blind} should be two models, as in sft,ppo_ptx")
+        self.names = cfg.blind or cfg.models.split(",")
         self.models = {name: rlhf.load(cfg, name) for name in self.names}
 
     def read(self, path: Path) -> list[dict]:
@@ -108,10 +106,10 @@ def rank_by_machine(cfg: Label) -> None:
             labelers = [rng.choice(fable.TRAIN_LABELERS)]
             if path == paths[1]:
                 labelers = fable.TRAIN_LABELERS + fable.HELDOUT_LABELERS
+            ranks = {}
             if judge:
-                ranks = {cfg.by: rank_by_model(judge, row, sampler)}
+                ranks[cfg.by] = rank_by_model(judge, row, sampler)
             else:
-                ranks = {}
                 for labeler in labelers:
                     ranks[labeler.name] = fable.rank(labeler, row, row["completions"], rng)
             for name, own in ranks.items():
@@ -135,13 +133,14 @@ def rank_by_model(judge: ScalarModel, row: dict, sampler: Sampler) -> list[int]:
     return [best_first.index(score_of[text]) for text in row["completions"]]
 
 def print_agreement(path: Path | str) -> None:
-    """Print how often labelers agree, without and with the held-out ones of the fable."""
+    """Print how often labelers agree, and apart from them the held-out ones of the fable."""
     rankings = read_jsonl(path, "prompt", "completions", "ranks", "labeler")
     heldout = [labeler.name for labeler in fable.HELDOUT_LABELERS]
     others = [row for row in rankings if row["labeler"] not in heldout]
+    unseen = [row for row in rankings if row["labeler"] in heldout]
     print(f"labelers {agreement(others)} (paper: 72.6%)")
-    if len(others) < len(rankings):
-        print(f"with the held-out ones they {agreement(rankings)} (paper: 77.3%)")
+    if unseen:
+        print(f"held-out labelers {agreement(unseen)} (paper: 77.3%)")
 
 def agreement(rankings: list[dict]) -> str:
     """How often two labelers order two completions alike; pairs that either ties do not count."""
@@ -253,18 +252,20 @@ def ask_ranks(row: dict, rng: Random) -> dict | str:
 
 def ask_text(row: dict) -> dict | str:
     """Read an answer, kept exactly as typed, up to a line with a single dot; or a command."""
-    print("\nWrite the answer; a line with a single dot, or Ctrl-D, ends it.")
+    print("\nWrite the answer; a line with a single dot ends it.")
     lines = []
     while True:
-        text = "\n".join(lines)
         try:
             line = input("> ")
-        except EOFError:
-            if not text.strip():
+        except (EOFError, KeyboardInterrupt):
+            if not lines:
                 raise
+            if input("\nSave these lines? y saves them, Enter goes on writing: ") != "y":
+                continue
             line = "."
         if not lines and line.strip().lower() in COMMANDS:
             return line.strip().lower()
+        text = "\n".join(lines)
         if line != ".":
             lines.append(line)
         elif text.strip():
@@ -302,23 +303,27 @@ def ask_person(cfg: Label) -> None:
     if cfg.blind and answers:
         ranks = np.array([answer["ranks"] for answer in answers])
         share, margin = rlhf.win_rate(-ranks.T[:1], -ranks.T[1:])
-        two = cfg.blind.replace(",", " is preferred to ")
+        two = " is preferred to ".join(cfg.blind)
         print(f"{two} on {share:.1%} ± {margin:.1%} of {len(ranks)} prompts (95 % interval)")
 
 def label(cfg: Label) -> None:
-    by_machine = cfg.by == "scripted" or cfg.by.endswith(".pt")
     if cfg.agreement:
         print_agreement(cfg.agreement)
-    elif cfg.write or cfg.blind or not by_machine:
-        ask_person(cfg)
-    else:
+    elif (cfg.by == "scripted" or cfg.by.endswith(".pt")) and not (cfg.write or cfg.blind):
         rank_by_machine(cfg)
+    else:
+        ask_person(cfg)
 
 def main(argv: list[str] | None = None) -> None:
-    """python data/label.py [--by WHO] [--write | --blind A,B | --agreement FILE] --flag value"""
+    """python data/label.py [--by WHO] [--write | --blind A B | --agreement FILE] --flag value"""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     rlhf.add_flags(parser, Label)
-    rlhf.run_stage(label, Label(**vars(parser.parse_args(argv))))
+    parser.add_argument("--blind", nargs=2, metavar="MODEL", help="a person compares two models")
+    flags = vars(parser.parse_args(argv))
+    blind = flags.pop("blind")
+    cfg = Label(**flags)
+    cfg.blind = blind
+    rlhf.run_stage(label, cfg)
 
 if __name__ == "__main__":
     for stream in (sys.stdin, sys.stdout):

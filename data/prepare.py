@@ -13,11 +13,12 @@ import sys
 from collections import Counter
 from hashlib import sha256
 from pathlib import Path
+from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import fable  # noqa: E402
-from data.files import EOT, UserError, check, parse, read_bytes, read_text  # noqa: E402
-from data.files import replacing, unique, write_jsonl  # noqa: E402
+from data.files import EOT, UserError, check, encode, get_tokenizer, parse  # noqa: E402
+from data.files import read_bytes, read_text, replacing, unique, write_jsonl  # noqa: E402
 
 CARRIED = ("labeler", "task", "source", "round", "wants")
 ASKED = ("prompt", "instruction")
@@ -437,10 +438,28 @@ def write_files(files: dict, folder: Path) -> None:
         if isinstance(rows, str):
             with replacing(folder / name) as file:
                 file.write(rows.encode())
-            print(f"{folder / name}: {len(rows):,} characters")
         else:
             write_jsonl(folder / name, rows)
-            print(f"{folder / name}: {len(rows):,} rows")
+
+def print_table(files: dict, tokenizer) -> None:
+    """The rows of each file, and their tokens, with the longest answer of a ranking."""
+    print(f"\n{'file':26}{'rows':>9}{'tokens: median':>16}{'longest':>9}{'all':>13}")
+    for name, rows in files.items():
+        if name == "tokenizer.tiktoken":
+            continue
+        if isinstance(rows, str):
+            rows = [{"prompt": text} for text in rows.split(EOT)[:-1]]
+        lengths = []
+        for row in rows:
+            texts = row.get("completions", [row.get("completion", "")])
+            longest = max(len(encode(tokenizer, text)) for text in texts)
+            lengths.append(len(encode(tokenizer, row["prompt"])) + longest + 1)
+        numbers = f"{median(lengths):16,.0f}{max(lengths):9,}{sum(lengths):13,}"
+        print(f"{name:26}{len(rows):9,}{numbers}")
+    rankings = [row["ranks"] for row in files.get("comparisons.jsonl", [])]
+    for size, count in sorted(Counter(map(len, rankings)).items()):
+        ties = sum(len(set(ranks)) < size for ranks in rankings if len(ranks) == size)
+        print(f"{count:,} rankings of {size} answers, {ties:,} with ties")
 
 def prepare(args) -> dict:
     """{file: rows} of people's data; says what was left out."""
@@ -486,8 +505,13 @@ def main(words: list[str] | None = None) -> None:
         else:
             files = prepare(args)
         write_files(files, args.data)
+        print_table(files, get_tokenizer(args.data))
     except (UserError, OSError) as error:
         sys.exit(f"prepare.py: {error}")
+    if args.name != "fable" and "comparisons.jsonl" in files:
+        feedback = " ".join(words or sys.argv[1:]).replace(f" --data {args.data}", "")
+        print("\nAll stages on these rows, from GPT-2's weights, on a GPU with 24 GB:")
+        print(f'    FEEDBACK="{feedback}" OUT="{args.data}" ./train.sh gpt2')
 
 if __name__ == "__main__":
     main()

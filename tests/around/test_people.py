@@ -104,11 +104,12 @@ def test_ranking_in_a_terminal_and_a_kill(folder, type_in):
 
 def test_writing_in_a_terminal_saves_what_was_typed(folder):
     text = [f"{FAMILY} ok", "def f():", "\tif x:", "full\u3000width", "  soft\xadhyphen  "]
-    steps = [("> ", f"{line}\n") for line in [*text, ".", "", "Ctrl-D ends it"]]
-    steps += [("> ", "\x04"), ("> ", "\n"), ("> ", "\x04"), ("2 of 5 answered, in", "")]
+    steps = [("> ", f"{line}\n") for line in [*text, ".", "Unfinished"]]
+    steps += [("> ", "\x04"), ("writing: ", "\n"), ("> ", "but goes on\n")]
+    steps += [("> ", "\x04"), ("writing: ", "y\n"), ("> ", "\x04"), ("2 of 5 answered, in", "")]
     converse(folder, "--write --by anna", *steps)
     rows = read_jsonl(folder / "sft.jsonl")
-    texts = [" " + "\n".join(text), " \nCtrl-D ends it"]
+    texts = [" " + "\n".join(text), " Unfinished\nbut goes on"]
     assert [row["completion"] for row in rows] == texts
     tokenizer = files.get_tokenizer(folder)
     for text, read in zip(texts, files.read_demonstrations(folder / "sft.jsonl", tokenizer, 999)):
@@ -243,10 +244,10 @@ def test_a_stray_byte_is_no_reason_to_stop(folder):
 def test_blind_counts_for_the_better_model(folder, type_in, fixed):
     """Somebody who prefers b's answers, wherever they are shown, but cannot tell on one prompt."""
     fixed([], [" from a", " from b"])
-    output = type_in("--blind a,b", "quit")
+    output = type_in("--blind a b", "quit")
     for i in range(5):  # one question a session: the screen says which answer is b's
         number = next(n for n, text in shown(output)[-1].items() if text == "from b")
-        output = type_in("--blind a,b", "=" if i == 4 else number, "quit")
+        output = type_in("--blind a b", "=" if i == 4 else number, "quit")
     assert f"a is preferred to b on 10.0% ± {1.96 * 0.2 / 4**0.5:.1%} of 5 prompts" in output
     assert read_jsonl(folder / "blind.jsonl")[4]["models"] == f"{folder}/a.pt,{folder}/b.pt"
 
@@ -286,7 +287,7 @@ def test_rounds_keep_earlier_rankings_and_nobody_overwrites_peoples(folder, type
         assert answers.read_bytes() == before and (answers == path or path.read_bytes() == b"")
         answers.unlink()
 
-def test_agreement_without_and_with_heldout_labelers(folder, type_in):
+def test_agreement_of_labelers_and_of_heldout_ones(folder, type_in):
     """anna and ben share two prompts: 3 + 2 pairs that neither ties, 2 + 2 in the same order."""
     rows = []
     for name, i, ranks in (("anna", 0, [0, 1, 2]), ("ben", 0, [1, 0, 2]), ("anna", 1, [0, 1, 2]),
@@ -296,17 +297,17 @@ def test_agreement_without_and_with_heldout_labelers(folder, type_in):
     write_jsonl(folder / "all.jsonl", rows)
     first = "labelers agree on 80.0% of 5 untied pairs (paper: 72.6%)"
     assert type_in("--agreement {0}/all.jsonl").splitlines() == [first]
-    heldout = {"labeler": label.fable.HELDOUT_LABELERS[0].name, "ranks": [2, 1, 0]}
-    write_jsonl(folder / "all.jsonl", [*rows, rows[-1] | heldout])
-    second = "with the held-out ones they agree on 50.0% of 8 untied pairs (paper: 77.3%)"
+    for labeler, ranks in zip(label.fable.HELDOUT_LABELERS, ([2, 1, 0], [1, 2, 0])):
+        rows.append(rows[-1] | {"labeler": labeler.name, "ranks": ranks})
+    write_jsonl(folder / "all.jsonl", rows)
+    second = "held-out labelers agree on 66.7% of 3 untied pairs (paper: 77.3%)"
     assert type_in("--agreement {0}/all.jsonl").splitlines() == [first, second]
 
 @pytest.mark.parametrize("flags, sentence", [
     ("--by anna --models a --k_min 5 --k_max 4", "k_min 5 and k_max 4: at least 2"),
     ("--by {0}/a.pt --models a", "ScalarModel"),
-    ("--write --blind a,b", "one at a time"),
-    ("--blind a,b --by {0}/judge.pt", "for people"),
-    ("--blind a", "--blind a should be two models"),
+    ("--write --blind a b", "one at a time"),
+    ("--blind a b --by {0}/judge.pt", "for people"),
     ("--agreement {0}/prompts.jsonl", "line 1: labeler should be"),
     ("--models a", "only know the fable: say who ranks with --by"),
 ])

@@ -361,8 +361,9 @@ def test_pairs_alone_are_enough_for_all_stages(data, tmp_path, capsys):
     assert {row["completion"] for row in both(data, "sft")} == {" b", " c", " d"}
     assert read_comparisons(data / "comparisons_valid.jsonl", get_tokenizer(data), 200)
     assert (data / "rm_prompts.jsonl").read_bytes() == (data / "prompts.jsonl").read_bytes()
-    rows = len(lines_of(data / "comparisons.jsonl"))
-    assert f"comparisons.jsonl: {rows} rows\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert re.search(r"\d\d rankings of 3 answers, \d\d with ties", out)
+    assert f'FEEDBACK="mine {path} --valid 0.1" OUT="{data}" ./train.sh gpt2' in out
 
 def test_nothing_that_people_have_added_is_overwritten(data, tmp_path, capsys):
     """Its own rows prepare.py may write again; of files that it leaves alone it says so."""
