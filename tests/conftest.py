@@ -17,6 +17,7 @@ import rlhf  # noqa: E402
 from data.files import EOT, get_tokenizer, write_jsonl  # noqa: E402
 from model import GPT, GPTConfig, ScalarModel  # noqa: E402
 
+rlhf.PRESETS["test"] = dict(block_size=24, n_layer=1, n_head=2, n_embd=8)
 EOS = 256  # the last token of the data set below: its vocabulary is the 256 bytes and EOS
 GOLD = '''
 def gold(row, completion):
@@ -127,6 +128,9 @@ def settings(kind: type, folder: Path, **fields):
            "device": "cpu", "dtype": "float32", "max_new_tokens": 5, "window": 12}
     known = kind.__dataclass_fields__
     return kind(**{key: x for key, x in own.items() if key in known} | fields)
+
+def stage_settings(stage: str, folder: Path, **fields):
+    return settings(rlhf.STAGES[stage].__annotations__["cfg"], folder, **fields)
 
 def read_log(cfg) -> list[dict]:
     """metrics.jsonl of a run; NaN and infinities are failures."""

@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import pytest
 import rlhf
 import torch
-from conftest import gpt, read_log, settings
+from conftest import gpt, read_log, stage_settings
 from model import generate
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -121,15 +121,12 @@ def test_a_step_that_cannot_be_recorded_is_made_as_it_is(gpu, prompts, monkeypat
         generate(gpt().to("cuda"), prompts, 12, -1, 0)
     assert "not permitted when capturing" in capsys.readouterr().out
 
-def test_every_stage_keeps_to_its_device(gpu, project, monkeypatch):
+def test_every_stage_keeps_to_its_device(gpu, project):
     """And does what it does on the CPU, up to where random numbers are drawn in another order."""
-    shape = dict(block_size=24, n_layer=1, n_head=2, n_embd=8)
-    monkeypatch.setitem(rlhf.PRESETS, "test", shape)
     logs = {"cpu": [], "cuda": []}
     for device, mode in (("cpu", nullcontext()), ("cuda", gpu)):
         for stage, fields in RUNS.items():
-            kind = rlhf.STAGES[stage].__annotations__["cfg"]
-            cfg = settings(kind, project, device=device, **fields)
+            cfg = stage_settings(stage, project, device=device, **fields)
             torch.manual_seed(0)
             with mode:
                 rlhf.STAGES[stage](cfg)

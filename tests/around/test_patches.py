@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -40,10 +39,6 @@ def test_a_patch_says_what_it_is(name):
     title = patch.read_text().splitlines()[0].rstrip(".")
     link = f"[{name}]({patch.parent.name}/{patch.name})"
     assert README.count(f"\n| {link} | {title} | {changed_lines(patch)} |") == 1
-
-def test_links_of_the_readme():
-    for link in re.findall(r"\]\(([^)]+)\)", README):
-        assert (ROOT / "patches" / link).exists(), link
 
 def test_the_stages_of_the_applied_patch_run(project):
     """Plain PPO, where none is applied. Whatever is logged or saved is finite."""

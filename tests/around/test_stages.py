@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import rlhf
 import torch
-from conftest import ROOT, gpt, read_log, scalar, settings, weights
+from conftest import ROOT, gpt, read_log, scalar, settings, stage_settings, weights
 from data.files import UserError, encode, fingerprint, write_jsonl
 
 CHAIN = [  # the recipe of train.sh, but for the labelling
@@ -28,21 +28,11 @@ CHAIN = [  # the recipe of train.sh, but for the labelling
     ("dpo", dict(epochs=1, batch_size=4)),
     ("evaluate", dict(models="gpt,gpt+fewshot,sft,ppo,ppo_ptx,dpo")),
 ]
-PPO_KEYS = (
-    "step seconds learning_rate eos_fraction response_length sampler_gap loss/policy loss/value "
-    "val/ratio val/clipfrac val/error val/grad_norm val/var_explained policy/clipfrac "
-    "policy/approxkl policy/grad_norm objective/scores objective/kl objective/rlhf_reward "
-    "objective/raw_scores value_learning_rate "
-    "objective/entropy objective/gold"
-)
 COLUMNS = "win rate,±,helpful,harmless,RM score,length,KL,EOS,held-out loss,in-context"
 
-def run(stage: str, project: Path, **fields):
-    """Run a stage as the command line does; returns its settings."""
-    function = rlhf.STAGES[stage]
-    cfg = settings(function.__annotations__["cfg"], project, **fields)
-    rlhf.run_stage(function, cfg)
-    return cfg
+def run(stage: str, project: Path, **fields) -> None:
+    """Run a stage as the command line does."""
+    rlhf.run_stage(rlhf.STAGES[stage], stage_settings(stage, project, **fields))
 
 def refused(sentence: str, stage: str, project: Path, **fields) -> None:
     """It ends in one sentence, before any work."""
@@ -64,43 +54,19 @@ def table(project: Path) -> dict[str, dict]:
 def chain(template, tmp_path_factory) -> Path:
     project = tmp_path_factory.mktemp("chain")
     shutil.copytree(template / "data", project / "data")
-    shape = dict(block_size=24, n_layer=1, n_head=2, n_embd=8)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(rlhf.PRESETS, "test", shape)
-        for stage, fields in CHAIN:
-            run(stage, project, **fields)
+    for stage, fields in CHAIN:
+        run(stage, project, **fields)
     return project
 
 def test_every_stage_leaves_a_model_and_a_log(chain, template):
     """Nothing is written into the data folder, which may be read-only, and nothing is left over."""
-    cfg = settings(rlhf.SFT, chain)
-    for name in ("gpt", "sft0", "sft", "ppo_init", "ppo", "ppo_ptx", "dpo"):
-        assert not rlhf.load(cfg, name).training
-    rlhf.load(cfg, "rm", rlhf.ScalarModel)
+    names = {path.name for path in (chain / "out").iterdir()}
+    logs = {fields.get("name", rlhf.STAGES[stage].__annotations__["cfg"].name)
+            for stage, fields in CHAIN[:-1]}
+    raw = {"ppo_raw", "ppo_ptx_raw"}  # the weights of the last step
+    assert names == {"evaluate.md", "evaluate.json"} | logs | {f"{x}.pt" for x in logs | raw}
     data = {path.name: content for path, content in contents(template / "data").items()}
     assert data == {path.name: content for path, content in contents(chain / "data").items()}
-    assert not list(chain.rglob("*.partial"))
-    names = {path.name for path in (chain / "out").iterdir()}
-    models = {path.stem for path in (chain / "out").glob("*.pt")}
-    logs = {name for name in models if not name.endswith("_raw")}
-    assert models - logs == {"ppo_raw", "ppo_ptx_raw"}  # the weights of the last step
-    assert names == {"evaluate.md", "evaluate.json"} | {f"{name}.pt" for name in models} | logs
-
-def test_ppo_logs_every_iteration_in_full(chain):
-    for name, more in (("ppo", set()), ("ppo_ptx", {"loss/ptx"})):
-        first, last = read_log(settings(rlhf.PPO, chain, name=name))
-        assert set(first) == set(last) == {*PPO_KEYS.split(), "heldout/loss"} | more
-        assert first["objective/kl"] == pytest.approx(0, abs=1e-6)
-        assert max(first["sampler_gap"], last["sampler_gap"]) < 1e-4
-
-def test_the_other_logs(chain):
-    log = read_log(settings(rlhf.Pretrain, chain))
-    assert [line["step"] for line in log] == [1, 2, 3]
-    assert set(log[-1]) == {"step", "seconds", "loss", "grad_norm", "heldout/loss"}
-    last = read_log(settings(rlhf.SFT, chain))[-1]
-    assert {"valid/loss", "valid/score"} < set(last)
-    report = read_log(settings(rlhf.RM, chain))[-1]
-    assert {"eval/accuracy", "eval_heldout_labelers/accuracy", "eval/score_std"} < set(report)
 
 def test_the_table_has_every_row_and_column(chain):
     rows = table(chain)
@@ -110,12 +76,6 @@ def test_the_table_has_every_row_and_column(chain):
     assert rows["sft"]["win rate"] == 0.5 and rows["gpt"]["KL"] != rows["gpt+fewshot"]["KL"]
     lines = (chain / "out/evaluate.md").read_text().splitlines()
     assert lines[0] == "| model | " + COLUMNS.replace(",", " | ") + " |" and len(lines) == 8
-
-def test_stages_repeat_to_the_bit(project):
-    for name in ("one", "two"):
-        run("ppo", project, name=name, iterations=2, rollout_size=4, minibatch_size=2)
-    one, two = (torch.load(project / f"out/{name}.pt")["model"] for name in ("one", "two"))
-    assert all(torch.equal(one[key], two[key]) for key in one)
 
 # ---- data and models that do not fit each other --------------------------------------------------
 
@@ -175,20 +135,12 @@ def test_without_pretraining_text(project):
     small = dict(iterations=1, rollout_size=4, minibatch_size=2)
     run("ppo", project, ptx_coef=0.0, **small)
     (line,) = read_log(settings(rlhf.PPO, project))
-    assert set(line) == set(PPO_KEYS.split())
+    assert not {"loss/ptx", "heldout/loss"} & set(line)
     refused("pretrain.txt", "ppo", project, name="new", **small)
 
 def test_few_rows_of_text_for_ptx(project):
     run("ppo", project, ptx_ratio=0.01, iterations=1, rollout_size=4, minibatch_size=2)
     assert np.isfinite(read_log(settings(rlhf.PPO, project))[0]["loss/ptx"])
-
-def test_answers_of_one_length(project):
-    """A correlation with length does not exist, and is left out."""
-    for name in ("comparisons", "comparisons_valid"):
-        row = {"prompt": "a", "completions": ["b", "c"], "ranks": [0, 1]}
-        write_jsonl(project / f"data/{name}.jsonl", [row] * 3)
-    run("rm", project)
-    assert "eval/length_correlation" not in read_log(settings(rlhf.RM, project))[-1]
 
 # ---- names of files and models -------------------------------------------------------------------
 
@@ -206,11 +158,6 @@ def test_misspelt_names_are_said(project, capsys):
 def test_a_misspelt_model_that_evaluate_needs_is_said(project, capsys, flag):
     run("evaluate", project, models="sft", **{flag: "misspelt"})
     assert "misspelt" in capsys.readouterr().out
-
-def test_a_folder_with_a_blank(project):
-    shutil.move(project / "out", project / "out dir")
-    run("evaluate", project, out=str(project / "out dir"), models="sft")
-    assert (project / "out dir/evaluate.md").exists()
 
 def test_another_vocabulary_of_the_same_size(project):
     """The one that a model was trained on is in its checkpoint."""
@@ -331,43 +278,31 @@ def test_flags_have_the_type_of_their_field(called):
     assert (cfg.learning_rate, cfg.epochs, cfg.init, cfg.resume) == (1.0, 3, "7", True)
     assert type(cfg.learning_rate) is float and cfg.batch_size == rlhf.SFT.batch_size
 
-@pytest.mark.parametrize("stage", rlhf.STAGES)
-def test_stages_run_without_flags(called, stage):
-    rlhf.main([stage])
-    assert called == [rlhf.STAGES[stage].__annotations__["cfg"]()]
-
 @dataclasses.dataclass
 class Fork(rlhf.PPO):
     warmup_iterations: int = 0  # 0 is none, and 100 % is all
     entropy_coef: float = 0.0
-    note: str = ""  # anything
     adaptive: bool = True  # may be switched off
     target_kl: float | None = None  # no target by default
-    groups: int | None = None
 
-def test_new_fields_are_flags(capsys):
+def test_new_fields_are_flags():
     parser = argparse.ArgumentParser()
     rlhf.add_flags(parser, Fork)
-    cfg = Fork(**vars(parser.parse_args([])))
-    assert (cfg.warmup_iterations, cfg.target_kl, cfg.adaptive) == (0, None, True)
-    line = "--warmup_iterations 0 --entropy_coef 1 --note x --no-adaptive --target_kl 6 --groups 3"
+    assert Fork(**vars(parser.parse_args([]))) == Fork()
+    line = "--warmup_iterations 0 --entropy_coef 1 --no-adaptive --target_kl 6"
     cfg = Fork(**vars(parser.parse_args(line.split())))
-    rlhf.settle(cfg)
-    assert cfg.note == "x" and cfg.adaptive is False and cfg.warmup_iterations == 0
-    values = cfg.entropy_coef, cfg.target_kl, cfg.groups
-    assert values == (1, 6, 3) and [type(x) for x in values] == [float, float, int]
+    assert cfg == Fork(entropy_coef=1.0, adaptive=False, target_kl=6.0)
+    assert type(cfg.entropy_coef) is type(cfg.target_kl) is float
     assert "0 is none, and 100 % is all [0]" in " ".join(parser.format_help().split())
+    rlhf.settle(cfg)
+    assert (cfg.device, cfg.dtype) in (("cpu", "float32"), ("cuda", "bfloat16"))
 
-@pytest.mark.parametrize("stage", rlhf.STAGES)
-def test_every_setting_is_explained_and_used(stage):
-    """The comment beside a field is its help; a field that no code reads would be a lie."""
-    kind = rlhf.STAGES[stage].__annotations__["cfg"]
-    parser = argparse.ArgumentParser()
-    rlhf.add_flags(parser, kind)
+def test_every_setting_is_used():
+    """A flag that no code reads would be a lie."""
     source = (ROOT / "rlhf.py").read_text(encoding="utf-8")
-    for action in parser._actions[1:]:
-        assert len(action.help.split(" [")[0]) > 8, action.dest
-        assert f"cfg.{action.dest}" in source, action.dest
+    for stage in rlhf.STAGES.values():
+        for field in dataclasses.fields(stage.__annotations__["cfg"]):
+            assert f"cfg.{field.name}" in source, field.name
 
 @pytest.mark.parametrize("line", [
     "", "dream", "sft --lr 1", "sft --learning 1", "rm --epochs 1.5", "ppo --kl_coef much",
@@ -381,18 +316,14 @@ def test_what_is_not_understood_is_refused(called, line, capsys):
 @pytest.mark.parametrize("line, sentence", [
     ("rm --learning_rate -1", "--learning_rate -1.0 should be from 0"),
     ("rm --learning_rate nan", "--learning_rate nan should be from 0"),
-    ("rm --learning_rate inf", "--learning_rate inf should be from 0"),
-    ("ppo --value_learning_rate -1", "--value_learning_rate -1.0 should be"),
+    ("ppo --value_learning_rate inf", "--value_learning_rate inf should be"),
     ("sft --epochs 0", "--epochs 0 should be from 1"),
     ("sft --dropout 1", "--dropout 1.0 should be from 0 to 0.99"),
     ("sft --pretrain_fraction 1", "--pretrain_fraction 1.0 should be from 0 to 0.99"),
     ("ppo --gamma 1.01", "--gamma 1.01 should be from 0 to 1"),
-    ("ppo --kl_coef nan", "--kl_coef nan should be"),
-    ("ppo --ptx_ratio -1", "--ptx_ratio -1.0 should be"),
     ("ppo --seed -1", "--seed -1 should be from 0"),
     ("sft --init sft", "--name sft"),
     ("ppo --name rm", "--name rm"),
-    ("chat --temperature -0.1", "--temperature -0.1 should be from 0"),
     ("rm --device cuda", "--device cuda"),
 ])
 def test_impossible_values_are_refused(project, monkeypatch, line, sentence):
