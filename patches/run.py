@@ -31,7 +31,7 @@ def header(patch: Path) -> dict[str, str]:
 def copy(patch: Path | None):
     """A temporary copy of the code, with the patch if there is one."""
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("rlhf.py", "model.py", "parallel.py", "pytest.ini"):
+        for name in ("rlhf.py", "model.py", "parallel.py"):
             shutil.copy(ROOT / name, folder)
         for name in ("data", "tests", "patches"):
             shutil.copytree(ROOT / name, Path(folder) / name)

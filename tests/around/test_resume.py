@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -16,7 +15,7 @@ from unittest.mock import Mock
 import pytest
 import rlhf
 import torch
-from conftest import ROOT, read_log, stage_settings
+from conftest import read_log, stage_settings
 from data.files import lock
 
 RUNS = {  # some six steps of every stage that trains
@@ -26,8 +25,9 @@ RUNS = {  # some six steps of every stage that trains
     "ppo": dict(iterations=5, rollout_size=4, minibatch_size=2, epochs=2),
     "dpo": dict(epochs=2, batch_size=4),
 }
-class Killed(BaseException):
-    """In place of SIGKILL: no code catches it."""
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["pytest", "rlhf", "torch._dynamo"])
 
 def config(project: Path, stage: str, name: str, **flags):
     fields = {"name": name, "save_minutes": 0.05} | RUNS[stage] | flags
@@ -55,17 +55,17 @@ def assert_same(project: Path) -> None:
     for name, tensor in expected.items():
         assert torch.equal(tensor, weights[name]), name
 
-@pytest.fixture
-def events(monkeypatch):
-    """Counts what a run does to its weights and files; raises Killed at number `events.at`."""
-    events = SimpleNamespace(count=0, at=-1)
+def work(cfg, stage: str, at: int, events) -> None:
+    """In a process of its own: count what the run does to its weights and files, and send SIGKILL
+    at number `at`."""
+    torch.set_num_threads(1)
     clock = itertools.count()  # a second passes at every look: a save every other step or so
-    monkeypatch.setattr(rlhf, "time", SimpleNamespace(time=lambda: next(clock)))
+    rlhf.time = SimpleNamespace(time=lambda: next(clock))
 
     def tick():
-        events.count += 1
-        if events.count == events.at:
-            raise Killed
+        events.value += 1
+        if events.value == at:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def counted(function):
         def wrapper(*arguments, **more):
@@ -77,65 +77,32 @@ def events(monkeypatch):
         return wrapper
 
     for where, name in ((rlhf, "update"), (rlhf, "save"), (rlhf.Run, "log"), (rlhf.Run, "save")):
-        monkeypatch.setattr(where, name, counted(getattr(where, name)))
-    return events
+        setattr(where, name, counted(getattr(where, name)))
+    rlhf.run_stage(rlhf.STAGES[stage], cfg)
 
-def kill(start, events, at: int, stage: str, **flags) -> None:
-    """Start, be killed at that event, and let go of the lock as a dead process does."""
-    events.count = 0
-    events.at = at
-    with pytest.raises(Killed):
-        start(stage, **flags)
-    gc.collect()
-    events.at = -1
+def run_apart(project: Path, stage: str, name: str = "run", at: int = 0, resume=False) -> int:
+    """The number of events of a run in its own process, which is killed at number `at`."""
+    events = FORKS.Value("i")
+    cfg = config(project, stage, name, resume=resume)
+    process = FORKS.Process(target=work, args=(cfg, stage, at, events))
+    process.start()
+    process.join()
+    assert process.exitcode == (-signal.SIGKILL if at else 0)
+    return events.value
 
 @pytest.mark.parametrize("stage", RUNS)
-def test_killed_anywhere_it_goes_on_to_the_same_bits(start, events, project, stage):
+def test_killed_anywhere_it_goes_on_to_the_same_bits(project, stage):
     """Before or after an update, a line of the log, a file that is written; the last ones too."""
-    start(stage, "whole")
-    whole = events.count
+    whole = run_apart(project, stage, "whole")
     rng = random.Random(stage)
     thrice = [rng.randint(1, whole // 3) for _ in range(3)]
     for points in (thrice, [whole - 3], [whole - 1]):
         (project / "out/run.pt").write_text("from an earlier run")
         for number, at in enumerate(points):
-            kill(start, events, at, stage, resume=number > 0)
-        start(stage, resume=True)
+            run_apart(project, stage, at=at, resume=number > 0)
+        run_apart(project, stage, resume=True)
         assert_same(project)
         shutil.rmtree(project / "out/run")
-
-def test_kills_of_real_processes(project, monkeypatch):
-    """SIGKILL, at random moments of training, three times."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rlhf", "torch._dynamo"])
-
-    def begin(name: str, resume: bool):
-        cfg = config(project, "ppo", name, iterations=12, save_minutes=0, resume=resume)
-        process = context.Process(target=rlhf.run_stage, args=(rlhf.ppo, cfg))
-        process.start()
-        return process
-
-    process = begin("whole", resume=False)
-    process.join()
-    assert process.exitcode == 0
-    rng = random.Random(0)
-    state = project / "out/run/state.pt"
-    kills = 3
-    while kills > 0 or process.exitcode != 0:
-        before = state.stat().st_mtime_ns if state.exists() else 0
-        process = begin("run", resume=process.exitcode != 0)
-        while kills > 0 and process.is_alive():
-            if state.exists() and state.stat().st_mtime_ns != before:
-                process.join(rng.uniform(0, 0.3))
-                process.kill()
-                kills -= process.is_alive()
-                break
-            time.sleep(0.002)
-        process.join()
-        assert process.exitcode in (0, -signal.SIGKILL)
-    assert_same(project)
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_and_loses_nothing(start, project, monkeypatch, number):
