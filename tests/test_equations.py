@@ -288,22 +288,6 @@ def test_implicit_rewards_by_loop(garbage):
     twice = [torch.cat([x, x], 1) for x in (logprobs, ref, MASK)]
     assert_close(implicit_rewards(*twice, 0.3), 2 * rewards)
 
-def test_the_best_policy_has_the_reward_for_its_implicit_one():
-    """(8) of the policy that is best under (3), ref e^(r / beta) / Z, is r - beta log Z: no other
-    that was tried has more of E[r] - beta KL."""
-    ref, scores = torch.randn(2, 6, dtype=torch.float64)
-    ref, beta = ref.softmax(0), 0.4
-
-    def objective(p):
-        return (p * (scores - beta * (p / ref).log())).sum().item()
-
-    best = (ref.log() + scores / beta).softmax(0)
-    assert all(objective((best.log() + 0.3 * torch.randn(6)).softmax(0)) < objective(best)
-               for _ in range(100))
-    logs = [p.log()[:, None] for p in (best, ref)]
-    rewards = implicit_rewards(*logs, torch.ones(6, 1), beta)
-    assert_close(rewards - rewards[0], scores - scores[0])
-
 # ---- (5) and (6) alike, and all of them --------------------------------------------------------
 
 @pytest.mark.parametrize("garbage", [5.0, NAN])
@@ -322,19 +306,6 @@ def test_losses_and_statistics_ignore_padding(loss, by_loop, garbage):
         assert_close(torch.autograd.grad(value, new), torch.autograd.grad(expected, new))
         assert not any(x.requires_grad for x in stats.values())
         assert {key: x.item() for key, x in stats.items()} == pytest.approx(known, rel=1e-5)
-
-@pytest.mark.parametrize("loss", [lm_loss, policy_loss, value_loss])
-def test_parts_add_up_to_the_step(loss):
-    """`count` = the tokens of the whole step: losses and statistics of its parts sum to it."""
-    tensors = randn(1 if loss is lm_loss else 3)
-
-    def flat(rows, **count):
-        out = loss(*(x[rows] for x in tensors), MASK[rows], **count)
-        return torch.stack([out[0], *out[1].values()] if isinstance(out, tuple) else [out])
-
-    whole = flat(slice(3))
-    parts = [flat(slice(i, i + 1), count=MASK.sum()) for i in range(3)]
-    assert_close(sum(parts), whole)
 
 def test_arguments_are_left_alone():
     """Tensors in, tensors out: no equation writes into what it is given."""

@@ -72,7 +72,6 @@ def test_commands_are_understood(folder, understand):
 
 def test_the_test_above_notices(understand):
     understand("SMOKE=1 python rlhf.py ppo --kl_coef 0 --name x".split())
-    understand("python data/prepare.py fable --show 20".split())
     for wrong in ("rlhf.py sft --lr 1", "rlhf.py dream", "data/label.py --k 3", "rlhf.py rm --seed",
                   "tests/bench.py x", "data/prepare.py fabel", "data/gpt2.py fetch"):
         with pytest.raises((SystemExit, rlhf.UserError)):
@@ -106,20 +105,17 @@ def test_train_sh_runs_commands_that_exist(tmp_path, understand, words, environm
     """Through a link, from a folder with blanks, into a folder with blanks."""
     found = commands_of_train_sh(tmp_path, *words, **environment)
     assert len(found) == count
+    names = []  # two runs of one name would be one run for --resume
     for command in found:
         understand(command)
-        folders = [command[i + 1] for i, word in enumerate(command) if word in ("--out", "--data")]
-        assert {folder.split("/")[0] for folder in folders} == {environment.get("OUT", "out")}
-
-def test_runs_of_train_sh_have_names_of_their_own(tmp_path):
-    """Else --resume would take one for the other, and a stage done again find other models."""
-    names = []
-    for script, stage, *flags in commands_of_train_sh(tmp_path, "fable", ROUNDS="3", RESUME="1"):
-        if script == "rlhf.py" and stage != "evaluate":
-            assert "--resume" in flags
-            default = rlhf.STAGES[stage].__annotations__["cfg"].name
-            names.append(flags[flags.index("--name") + 1] if "--name" in flags else default)
-    assert len(names) == len({*names}) == 11
+        flags = dict(zip(command, command[1:]))
+        for flag in {"--out", "--data"} & flags.keys():
+            assert flags[flag].split("/")[0] == environment.get("OUT", "out")
+        if command[0] == "rlhf.py" and command[1] != "evaluate":
+            assert ("--resume" in command) == ("RESUME" in environment)
+            default = rlhf.STAGES[command[1]].__annotations__["cfg"].name
+            names.append(flags.get("--name", default))
+    assert len(names) == len(set(names))
 
 @pytest.mark.parametrize("folder", READMES, ids=lambda folder: folder.name)
 def test_linked_files_exist(folder):

@@ -213,11 +213,8 @@ def test_a_second_run_in_the_same_folder_is_refused(start, project, monkeypatch)
                 start("rm", resume=resume)
     assert files == {path: path.read_bytes() for path in (project / "out/run").iterdir()}
     start("rm")
-
-    def unsupported(*_):
-        raise OSError(errno.ENOTSUP, "not supported")
-
-    monkeypatch.setattr("fcntl.flock", unsupported)
+    unsupported = OSError(errno.ENOTSUP, "not supported")
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=unsupported))
     start("rm")
 
 def test_a_full_disk_leaves_the_last_state(start, project, monkeypatch):
