@@ -1,4 +1,4 @@
-"""All stages one after the other on a tiny data set, the command line, and what people do."""
+"""What stages leave behind, data and models that do not fit, chat, the command line."""
 
 import argparse
 import dataclasses
@@ -17,17 +17,6 @@ import torch
 from conftest import ROOT, gpt, read_log, scalar, settings, stage_settings, weights
 from data.files import UserError, encode, fingerprint, write_jsonl
 
-CHAIN = [  # the recipe of train.sh, but for the labelling
-    ("pretrain", dict(preset="test", steps=3, batch_size=4)),
-    ("sft", dict(name="sft0", epochs=1, batch_size=4)),
-    ("rm", dict(init="sft0", epochs=1, batch_size=4)),
-    ("sft", dict(epochs=2, batch_size=4, reward_model="rm")),
-    ("sft", dict(name="ppo_init", epochs=1, batch_size=4, pretrain_fraction=0.1)),
-    ("ppo", dict(name="ppo", iterations=2, rollout_size=4, minibatch_size=2, ptx_coef=0.0)),
-    ("ppo", dict(iterations=2, rollout_size=4, minibatch_size=2, epochs=2)),
-    ("dpo", dict(epochs=1, batch_size=4)),
-    ("evaluate", dict(models="gpt,gpt+fewshot,sft,ppo,ppo_ptx,dpo")),
-]
 COLUMNS = "win rate,±,helpful,harmless,RM score,length,KL,EOS,held-out loss,in-context"
 
 def run(stage: str, project: Path, **fields) -> None:
@@ -48,34 +37,31 @@ def contents(folder: Path) -> dict[Path, bytes]:
 def table(project: Path) -> dict[str, dict]:
     return json.loads((project / "out/evaluate.json").read_text())["table"]
 
-# ---- the whole chain -----------------------------------------------------------------------------
+# ---- what is left behind -------------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def chain(template, tmp_path_factory) -> Path:
-    project = tmp_path_factory.mktemp("chain")
-    shutil.copytree(template / "data", project / "data")
-    for stage, fields in CHAIN:
-        run(stage, project, **fields)
-    return project
-
-def test_every_stage_leaves_a_model_and_a_log(chain, template):
+def test_a_stage_leaves_a_model_and_a_log(project):
     """Nothing is written into the data folder, which may be read-only, and nothing is left over."""
-    names = {path.name for path in (chain / "out").iterdir()}
-    logs = {fields.get("name", rlhf.STAGES[stage].__annotations__["cfg"].name)
-            for stage, fields in CHAIN[:-1]}
-    raw = {"ppo_raw", "ppo_ptx_raw"}  # the weights of the last step
-    assert names == {"evaluate.md", "evaluate.json"} | logs | {f"{x}.pt" for x in logs | raw}
-    data = {path.name: content for path, content in contents(template / "data").items()}
-    assert data == {path.name: content for path, content in contents(chain / "data").items()}
+    before = contents(project)
+    run("ppo", project, iterations=2, rollout_size=4, minibatch_size=2)
+    after = contents(project)
+    new = {"ppo_ptx.pt", "ppo_ptx_raw.pt", "ppo_ptx/metrics.jsonl", "ppo_ptx/state.pt"}
+    assert after.keys() - before.keys() == {project / "out" / name for name in new}
+    assert before.items() <= after.items()
 
-def test_the_table_has_every_row_and_column(chain):
-    rows = table(chain)
-    assert list(rows) == CHAIN[-1][1]["models"].split(",")
+@pytest.mark.parametrize("missing, columns", [
+    ("nothing", ""), ("pretrain_valid.txt", "held-out loss"), ("probes.jsonl", "in-context"),
+    ("rm.pt", "RM score"), ("ppo_init.pt", "KL"), ("sft.pt", "win rate,±"),
+])
+def test_the_table_has_every_row_and_every_column_that_it_can(project, missing, columns):
+    for path in project.rglob(missing):
+        path.unlink()
+    models = "gpt,gpt+fewshot" if missing == "sft.pt" else "gpt,gpt+fewshot,sft"
+    run("evaluate", project, models=models)
+    expected = [name for name in COLUMNS.split(",") if name not in columns.split(",")]
+    rows = table(project)
+    assert list(rows) == models.split(",")
     for row in rows.values():
-        assert ",".join(row) == COLUMNS and np.isfinite(list(row.values())).all()
-    assert rows["sft"]["win rate"] == 0.5 and rows["gpt"]["KL"] != rows["gpt+fewshot"]["KL"]
-    lines = (chain / "out/evaluate.md").read_text().splitlines()
-    assert lines[0] == "| model | " + COLUMNS.replace(",", " | ") + " |" and len(lines) == 8
+        assert list(row) == expected and np.isfinite(list(row.values())).all()
 
 # ---- data and models that do not fit each other --------------------------------------------------
 
@@ -110,19 +96,6 @@ def test_evaluate_models_of_different_contexts(project):
     run("evaluate", project, models="sft,short,short+fewshot", reference="short")
     assert list(table(project)) == ["sft", "short", "short+fewshot"]
     assert np.isfinite(list(table(project)["short"].values())).all()
-
-@pytest.mark.parametrize("missing, columns", [
-    ("pretrain_valid.txt", "held-out loss"), ("probes.jsonl", "in-context"),
-    ("rm.pt", "RM score"), ("ppo_init.pt", "KL"), ("sft.pt", "win rate,±"),
-])
-def test_what_is_not_there_has_no_column(project, missing, columns):
-    for path in project.rglob(missing):
-        path.unlink()
-    run("evaluate", project, models="gpt")
-    expected = [name for name in COLUMNS.split(",") if name not in columns.split(",")]
-    if missing != "sft.pt":
-        expected = [name for name in expected if name not in ("win rate", "±")]
-    assert list(table(project)["gpt"]) == expected
 
 def test_people_have_no_gold_scores(project):
     write_jsonl(project / "data/prompts_valid.jsonl", [{"prompt": "abc"}, {"prompt": "de"}])
@@ -294,8 +267,6 @@ def test_new_fields_are_flags():
     assert cfg == Fork(entropy_coef=1.0, adaptive=False, target_kl=6.0)
     assert type(cfg.entropy_coef) is type(cfg.target_kl) is float
     assert "0 is none, and 100 % is all [0]" in " ".join(parser.format_help().split())
-    rlhf.settle(cfg)
-    assert (cfg.device, cfg.dtype) in (("cpu", "float32"), ("cuda", "bfloat16"))
 
 def test_every_setting_is_used():
     """A flag that no code reads would be a lie."""
@@ -315,23 +286,14 @@ def test_what_is_not_understood_is_refused(called, line, capsys):
 
 @pytest.mark.parametrize("line, sentence", [
     ("rm --learning_rate -1", "--learning_rate -1.0 should be from 0"),
-    ("rm --learning_rate nan", "--learning_rate nan should be from 0"),
-    ("ppo --value_learning_rate inf", "--value_learning_rate inf should be"),
-    ("sft --epochs 0", "--epochs 0 should be from 1"),
-    ("sft --dropout 1", "--dropout 1.0 should be from 0 to 0.99"),
-    ("sft --pretrain_fraction 1", "--pretrain_fraction 1.0 should be from 0 to 0.99"),
-    ("ppo --gamma 1.01", "--gamma 1.01 should be from 0 to 1"),
-    ("ppo --seed -1", "--seed -1 should be from 0"),
     ("sft --init sft", "--name sft"),
-    ("ppo --name rm", "--name rm"),
     ("rm --device cuda", "--device cuda"),
 ])
 def test_impossible_values_are_refused(project, monkeypatch, line, sentence):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     stage, *flags = line.split()
-    folders = f"--data {project}/data --out {project}/out --max_new_tokens 5".split()
     with pytest.raises(SystemExit) as end:
-        rlhf.main([stage, *folders, *flags])
+        rlhf.main([stage, "--data", f"{project}/data", "--out", f"{project}/out", *flags])
     assert sentence in str(end.value) and str(end.value).startswith(f"{stage}: ")
 
 def test_out_of_memory_says_which_flag_to_lower(project, monkeypatch):
