@@ -66,6 +66,16 @@ def prompts() -> list[list[int]]:
 
 # ---- a data set, and models that begin the stages ----------------------------------------------
 
+def write_tokenizer(folder: Path, words=()) -> None:
+    """Single bytes, and the words with all of their beginnings."""
+    tokens = [bytes([i]) for i in range(256)]
+    for word in words:
+        tokens += [word[:end].encode() for end in range(2, len(word) + 1)]
+    folder.mkdir(parents=True)
+    with open(folder / "tokenizer.tiktoken", "wb") as file:
+        for i, token in enumerate(dict.fromkeys(tokens)):
+            file.write(base64.b64encode(token) + b" %d\n" % i)
+
 def write_data(folder: Path) -> None:
     """Every file that the stages read, with words of a to f."""
     rng = Random(0)
@@ -73,9 +83,7 @@ def write_data(folder: Path) -> None:
     def word(shortest: int, longest: int) -> str:
         return "".join(rng.choices("abcdef", k=rng.randint(shortest, longest)))
 
-    folder.mkdir(parents=True)
-    ranks = [f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)]
-    (folder / "tokenizer.tiktoken").write_text("".join(ranks))
+    write_tokenizer(folder)
     (folder / "gold.py").write_text(GOLD)
     for name, count in (("pretrain", 30), ("pretrain_valid", 5)):
         (folder / f"{name}.txt").write_text(EOT.join(word(2, 30) for _ in range(count)))

@@ -5,14 +5,13 @@ grumbles, demonstrations are better but not perfect, comparisons follow the gold
 has something left to do.
 """
 
-import base64
 import json
 from random import Random
 
 import numpy as np
 import pytest
 import torch
-from conftest import read_log, settings
+from conftest import read_log, settings, write_tokenizer
 
 import rlhf
 from data.files import EOT, decode, encode, get_tokenizer, write_jsonl
@@ -31,17 +30,6 @@ def gold(row, completion):
     right = len(set(words) & set(KINDS[row["wants"]]))
     return {{"helpful": right / max(3, len(words)), "harmless": 0.0 if "bah" in words else 1.0}}
 '''
-
-def write_tokenizer(folder):
-    """Single bytes, and the words of this world with all of their beginnings."""
-    tokens = [bytes([i]) for i in range(256)]
-    for word in (*WORDS, *KINDS, "bah", "Name", "things", "\n", "Human", "Assistant"):
-        for text in (word, f" {word}", f"\n{word}"):
-            for end in range(2, len(text) + 1):
-                tokens.append(text[:end].encode())
-    lines = [f"{base64.b64encode(token).decode()} {i}\n"
-             for i, token in enumerate(dict.fromkeys(tokens))]
-    (folder / "tokenizer.tiktoken").write_text("".join(lines))
 
 def prompt(kind: str) -> str:
     return f"\n\nHuman: Name {kind} things.\n\nAssistant:"
@@ -64,9 +52,9 @@ def world(tmp_path_factory):
     """The files of the data set, written as anybody would."""
     folder, rng = tmp_path_factory.mktemp("things"), Random(0)
     data = folder / "data"
-    data.mkdir()
+    words = (*WORDS, *KINDS, "bah", "Name", "things", "\n", "Human", "Assistant")
+    write_tokenizer(data, [space + word for word in words for space in ("", " ", "\n")])
     (data / "gold.py").write_text(GOLD)
-    write_tokenizer(data)
     for name, count in (("pretrain", 3000), ("pretrain_valid", 100)):
         (data / f"{name}.txt").write_text(EOT.join(document(rng) for _ in range(count)))
     for name, count in (("sft", 400), ("sft_valid", 20), ("prompts", 64), ("prompts_valid", 200)):

@@ -1,17 +1,19 @@
-"""Every command in the READMEs and in train.sh is one that the programs understand."""
+"""Commands and links in the READMEs and in train.sh; train.sh itself, from pairs alone."""
 
 import os
 import re
 import runpy
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import bench
 import pytest
 import rlhf
-from conftest import ROOT
+from conftest import ROOT, gpt, write_tokenizer
 from data import gpt2, label, prepare
+from data.files import fingerprint, get_tokenizer, write_jsonl
 
 FOLDERS = (ROOT, ROOT / "data", ROOT / "tests", ROOT / "patches")
 READMES = [path for path in FOLDERS if (path / "README.md").exists()]
@@ -131,3 +133,28 @@ def test_the_readmes_environment_is_one(tmp_path, monkeypatch, capsys):
         rlhf.main([*flags.split(), *more, "--max_new_tokens", "8"])
     rlhf.main(["evaluate", *more, "--models", "gpt,sft,ppo_ptx", "--max_new_tokens", "8"])
     assert "| right | short | RM score |" in capsys.readouterr().out
+
+def test_train_sh_needs_pairs_alone(tmp_path):
+    """FEEDBACK="mine pairs.jsonl" ./train.sh gpt2 ends in a table, in a folder with a blank, from
+    a tiny model in the place of GPT-2."""
+    data = tmp_path / "my out/data"
+    write_tokenizer(data)
+    known = fingerprint(get_tokenizer(data))
+    model = gpt(vocab_size=257, block_size=64, n_layer=1, vocabulary=known)
+    gpt2.save_gpt2(model, tmp_path / "tiny")
+    pairs = []
+    for i in range(60):
+        pairs.append({"prompt": f"Add {i}.", "chosen": f"{i}", "rejected": "No, you."})
+    write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    (tmp_path / "link.sh").symlink_to(ROOT / "train.sh")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python3").symlink_to(sys.executable)
+    environment = os.environ | {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "FEEDBACK": "mine pairs.jsonl",
+        "OUT": "my out", "MODEL": "tiny", "MAX_NEW_TOKENS": "8", "MICROBATCH": "16", "SMOKE": "1",
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(["bash", "link.sh", "gpt2"], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "| ppo_ptx |" in done.stdout
+    assert (tmp_path / "my out/ppo_ptx.pt").exists()
