@@ -16,9 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import EOS, gpt, lively, read_log, scalar, settings, weights
-from test_equations import (
-    gae_by_double_sum, pairwise_by_loop, policy_by_loop, value_by_loop
-)
+from test_equations import gae_by_double_sum, pairwise_by_loop, policy_by_loop, value_by_loop
 from torch import tensor
 
 import rlhf
@@ -420,6 +418,14 @@ def test_a_rule_in_place_of_the_reward_model(project, tokenizer, monkeypatch):
     rlhf.ppo(cfg)
     (line,) = read_log(cfg)
     assert line["objective/raw_scores"] == pytest.approx(np.mean(lengths))
+
+def test_an_episode_is_shown_token_by_token(tokenizer):
+    x = tensor([[1.0, 2, 3]])
+    rollout = SimpleNamespace(examples=[Example([97, 98, 99, EOS], 2)], logprobs=x,
+        ref_logprobs=x / 2, rewards=x + 10, values=x + 20, advantages=x + 30)
+    _, first, last = rlhf.episode_table(tokenizer, rollout).splitlines()
+    assert first.split() == ["'c'", "2.00", "1.00", "1.00", "12.00", "22.00", "32.00"]
+    assert last.split()[1:] == ["3.00", "1.50", "1.50", "13.00", "23.00", "33.00"]
 
 def test_where_the_value_network_begins(project):
     """At the reward model, at --value_init, or at the policy."""
