@@ -18,6 +18,12 @@ from data.files import EOT, get_tokenizer, write_jsonl  # noqa: E402
 from model import GPT, GPTConfig, ScalarModel  # noqa: E402
 
 rlhf.PRESETS["test"] = dict(block_size=24, n_layer=1, n_head=2, n_embd=8)
+SMALL = {  # some six steps of every stage that trains
+    "pretrain": dict(name="base", preset="test", steps=6, batch_size=4),
+    "sft": dict(name="tuned", epochs=2, batch_size=4, reward_model="rm", pretrain_fraction=0.1),
+    "rm": dict(name="judge", epochs=2, batch_size=4), "dpo": dict(epochs=2, batch_size=4),
+    "ppo": dict(iterations=5, rollout_size=4, minibatch_size=2, epochs=2, microbatch_size=1),
+}
 EOS = 256  # the last token of the data set below: its vocabulary is the 256 bytes and EOS
 GOLD = '''
 def gold(row, completion):

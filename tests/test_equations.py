@@ -38,15 +38,19 @@ def test_lm_loss_is_the_mean_over_response_tokens(garbage):
 
 # ---- (2) ---------------------------------------------------------------------------------------
 
+def untied_pairs(ranks: list[int]) -> list[tuple[int, int]]:
+    """(winner, loser) of every pair that is not tied."""
+    every = itertools.permutations(range(len(ranks)), 2)
+    return [(i, j) for i, j in every if ranks[i] < ranks[j]]
+
 def pairwise_by_loop(rankings) -> Tensor:
     """(2) of scores and ranks prompt by prompt: -log sigmoid(r_w - r_l) of every pair that is not
     tied; the mean over the pairs of a prompt, then over the prompts that have any."""
     means = []
     for scores, ranks in rankings:
         losses = []
-        for i, j in itertools.permutations(range(len(ranks)), 2):
-            if ranks[i] < ranks[j]:
-                losses.append(torch.log1p(torch.exp(scores[j] - scores[i])))
+        for i, j in untied_pairs(ranks):
+            losses.append(torch.log1p(torch.exp(scores[j] - scores[i])))
         if losses:
             means.append(sum(losses) / len(losses))
     return sum(means) / len(means)

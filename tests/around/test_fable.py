@@ -7,17 +7,14 @@ import subprocess
 import sys
 from collections import Counter
 from itertools import combinations
-from pathlib import Path
 from random import Random
 
 import pytest
 import regex
 import tiktoken
-
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT))
-from data import fable  # noqa: E402
-from data.files import EOT, GPT2_SPLIT  # noqa: E402
+from conftest import ROOT
+from data import fable
+from data.files import EOT, GPT2_SPLIT
 
 SCALE = 0.05
 EVERYBODY = fable.TRAIN_LABELERS + fable.HELDOUT_LABELERS
@@ -58,11 +55,10 @@ def test_files_and_fields(files):
             assert own.get("completion", " A")[0] == " " != own.get("completion", " A")[1]
     assert [own.keys() for own in files["fewshot.jsonl"]] == [{"prompt", "completion"}] * 2
 
-def test_proportions(files):
+def test_proportions():
     """Like the paper's Tables 1 and 6: use cases, labelers' and customers' prompts, turns."""
     rows = fable.prompts(Random(0), 3000, customers=0.8)
     counts = Counter(own["task"] for own in rows)
-    assert len(fable.TASKS) == 11 and sum(fable.TASKS.values()) == pytest.approx(100, abs=5)
     for task, percent in fable.TASKS.items():
         assert counts[task] / 30 == pytest.approx(percent, abs=3)
     assert sum(own["source"] == "customer" for own in rows) / 3000 == pytest.approx(0.8, abs=0.03)
@@ -127,14 +123,6 @@ def test_gold_falls_with_care(task):
             own = fable.ask(Random(seed), task)
             means[-1] += sum(axes(own, fable.demonstrate(own, Random(seed), care))) / 300
     assert means == sorted(means, reverse=True) and means[0] > means[-1] + 0.4
-
-@pytest.mark.parametrize("task", fable.TASKS)
-def test_no_sentence_is_judged_differently_when_another_labeler_says_it(task):
-    for seed in range(100):
-        own = fable.ask(Random(seed), task)
-        steps = fable.meant(own["wants"], Random(seed), care=0.2)
-        texts = {" ".join(fable.say(Random(labeler), steps)) for labeler in range(5)}
-        assert len({axes(own, text) for text in texts}) == 1, (own["prompt"], texts)
 
 @pytest.mark.parametrize("task", fable.TASKS)
 @pytest.mark.parametrize("text", ["", " ", "\n\n", "." * 50, " The.", " xyzzy plugh.", " goat goat",

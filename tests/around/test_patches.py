@@ -25,17 +25,8 @@ FLAGS = {
 }
 
 @pytest.mark.parametrize("name", PATCHES)
-def test_a_patch_says_what_it_is(name):
-    """Its stages exist, and the test that a bug names; the README has its row."""
+def test_every_patch_has_its_row_in_the_readme(name):
     patch = PATCHES[name]
-    fields = header(patch)
-    for stage in fields["Stages"].split(", "):
-        assert stage.split()[0] in rlhf.STAGES
-    if patch.parent.name == "bugs":
-        file, test = fields["Test"].split("::")
-        assert f"\ndef {test}(" in (ROOT / file).read_text()
-    else:
-        assert fields["Source"]
     title = patch.read_text().splitlines()[0].rstrip(".")
     link = f"[{name}]({patch.parent.name}/{patch.name})"
     assert README.count(f"\n| {link} | {title} | {changed_lines(patch)} |") == 1

@@ -15,7 +15,7 @@ import pytest
 import rlhf
 import torch
 from conftest import ROOT, gpt, read_log, scalar, settings, stage_settings, weights
-from data.files import UserError, encode, fingerprint, write_jsonl
+from data.files import UserError, encode, write_jsonl
 
 COLUMNS = "win rate,±,helpful,harmless,RM score,length,KL,EOS,held-out loss,in-context"
 
@@ -37,8 +37,6 @@ def contents(folder: Path) -> dict[Path, bytes]:
 def table(project: Path) -> dict[str, dict]:
     return json.loads((project / "out/evaluate.json").read_text())["table"]
 
-# ---- what is left behind -------------------------------------------------------------------------
-
 def test_a_stage_leaves_a_model_and_a_log(project):
     """Nothing is written into the data folder, which may be read-only, and nothing is left over."""
     before = contents(project)
@@ -52,18 +50,17 @@ def test_a_stage_leaves_a_model_and_a_log(project):
     ("nothing", ""), ("pretrain_valid.txt", "held-out loss"), ("probes.jsonl", "in-context"),
     ("rm.pt", "RM score"), ("ppo_init.pt", "KL"), ("sft.pt", "win rate,±"),
 ])
-def test_the_table_has_every_row_and_every_column_that_it_can(project, missing, columns):
+def test_the_table_has_every_row_and_every_column_that_it_can(project, capsys, missing, columns):
     for path in project.rglob(missing):
         path.unlink()
     models = "gpt,gpt+fewshot" if missing == "sft.pt" else "gpt,gpt+fewshot,sft"
     run("evaluate", project, models=models)
     expected = [name for name in COLUMNS.split(",") if name not in columns.split(",")]
+    assert ".pt" not in missing or missing[:-3] in capsys.readouterr().out
     rows = table(project)
     assert list(rows) == models.split(",")
     for row in rows.values():
         assert list(row) == expected and np.isfinite(list(row.values())).all()
-
-# ---- data and models that do not fit each other --------------------------------------------------
 
 @pytest.mark.parametrize("stage, fields", [
     ("sft", dict(pretrain_fraction=0.1)), ("ppo", {})])
@@ -111,12 +108,6 @@ def test_without_pretraining_text(project):
     assert not {"loss/ptx", "heldout/loss"} & set(line)
     refused("pretrain.txt", "ppo", project, name="new", **small)
 
-def test_few_rows_of_text_for_ptx(project):
-    run("ppo", project, ptx_ratio=0.01, iterations=1, rollout_size=4, minibatch_size=2)
-    assert np.isfinite(read_log(settings(rlhf.PPO, project))[0]["loss/ptx"])
-
-# ---- names of files and models -------------------------------------------------------------------
-
 def test_misspelt_names_are_said(project, capsys):
     refused("no folder .*dota", "sft", project, data=str(project / "dota"))
     refused("there is no .*/gtp.pt", "sft", project, init="gtp")
@@ -127,18 +118,9 @@ def test_misspelt_names_are_said(project, capsys):
     assert "sfd is left out: there is no" in capsys.readouterr().out
     assert list(table(project)) == ["sft", "ppo_init"]
 
-@pytest.mark.parametrize("flag", ["baseline", "reference", "reward_model"])
-def test_a_misspelt_model_that_evaluate_needs_is_said(project, capsys, flag):
-    run("evaluate", project, models="sft", **{flag: "misspelt"})
-    assert "misspelt" in capsys.readouterr().out
-
 def test_another_vocabulary_of_the_same_size(project):
     """The one that a model was trained on is in its checkpoint."""
-    cfg = settings(rlhf.SFT, project)
     shape = dict(vocab_size=257, block_size=24, n_embd=8, n_layer=1)
-    known = fingerprint(rlhf.get_tokenizer(cfg.data))
-    rlhf.save(project / "out/gpt.pt", gpt(**shape, vocabulary=known))
-    rlhf.load(cfg, "gpt")
     rlhf.save(project / "out/gpt.pt", gpt(**shape, vocabulary="another"))
     refused("another vocabulary", "sft", project)
 
@@ -179,8 +161,6 @@ def test_every_flipped_byte_is_noticed(project):
             assert torch.equal(weights(rlhf.load(cfg, "gpt")), before), place
         except UserError:
             continue
-
-# ---- chat ----------------------------------------------------------------------------------------
 
 @pytest.fixture
 def talk(project, monkeypatch, capsys):
@@ -236,25 +216,11 @@ def test_a_stray_byte_and_a_terminal_that_is_not_utf8(project):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(b"Assistant:") == 2
 
-# ---- the command line ----------------------------------------------------------------------------
-
-@pytest.fixture
-def called(monkeypatch):
-    """The settings that a stage would have run with."""
-    seen = []
-    monkeypatch.setattr(rlhf, "run_stage", lambda stage, cfg: seen.append(cfg))
-    return seen
-
-def test_flags_have_the_type_of_their_field(called):
-    rlhf.main(["sft", "--learning_rate", "1", "--epochs", "3", "--init", "7", "--resume"])
-    (cfg,) = called
-    assert (cfg.learning_rate, cfg.epochs, cfg.init, cfg.resume) == (1.0, 3, "7", True)
-    assert type(cfg.learning_rate) is float and cfg.batch_size == rlhf.SFT.batch_size
-
 @dataclasses.dataclass
 class Fork(rlhf.PPO):
     warmup_iterations: int = 0  # 0 is none, and 100 % is all
     entropy_coef: float = 0.0
+    note: str = ""
     adaptive: bool = True  # may be switched off
     target_kl: float | None = None  # no target by default
 
@@ -262,9 +228,10 @@ def test_new_fields_are_flags():
     parser = argparse.ArgumentParser()
     rlhf.add_flags(parser, Fork)
     assert Fork(**vars(parser.parse_args([]))) == Fork()
-    line = "--warmup_iterations 0 --entropy_coef 1 --no-adaptive --target_kl 6"
+    line = "--warmup_iterations 3 --entropy_coef 1 --note 7 --no-adaptive --target_kl 6"
     cfg = Fork(**vars(parser.parse_args(line.split())))
-    assert cfg == Fork(entropy_coef=1.0, adaptive=False, target_kl=6.0)
+    assert cfg == Fork(
+        warmup_iterations=3, entropy_coef=1.0, note="7", adaptive=False, target_kl=6.0)
     assert type(cfg.entropy_coef) is type(cfg.target_kl) is float
     assert "0 is none, and 100 % is all [0]" in " ".join(parser.format_help().split())
 
@@ -279,22 +246,14 @@ def test_every_setting_is_used():
     "", "dream", "sft --lr 1", "sft --learning 1", "rm --epochs 1.5", "ppo --kl_coef much",
     "sft --epochs", "pretrain --preset gpt3", "chat --models sft", "rm --device gpu",
     "rm --dtype half"])
-def test_what_is_not_understood_is_refused(called, line, capsys):
+def test_what_is_not_understood_is_refused(line, capsys):
     with pytest.raises(SystemExit) as end:
         rlhf.main(line.split())
-    assert end.value.code == 2 and not called and "usage" in capsys.readouterr().err
+    assert end.value.code == 2 and "usage" in capsys.readouterr().err
 
-@pytest.mark.parametrize("line, sentence", [
-    ("rm --learning_rate -1", "--learning_rate -1.0 should be from 0"),
-    ("sft --init sft", "--name sft"),
-    ("rm --device cuda", "--device cuda"),
-])
-def test_impossible_values_are_refused(project, monkeypatch, line, sentence):
+def test_a_gpu_that_is_not_there(project, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    stage, *flags = line.split()
-    with pytest.raises(SystemExit) as end:
-        rlhf.main([stage, "--data", f"{project}/data", "--out", f"{project}/out", *flags])
-    assert sentence in str(end.value) and str(end.value).startswith(f"{stage}: ")
+    refused("--device cuda: PyTorch finds no GPU", "rm", project, device="cuda")
 
 def test_out_of_memory_says_which_flag_to_lower(project, monkeypatch):
     monkeypatch.setattr(rlhf, "update", Mock(side_effect=torch.OutOfMemoryError))
