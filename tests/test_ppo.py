@@ -590,8 +590,8 @@ def test_the_same_step_is_the_same_whoever_starts_it(project, monkeypatch):
     with pytest.raises(SystemExit):
         run(resume=True)  # finished already
 
-@pytest.mark.parametrize("network", [gpt, scalar])
-def test_checkpoint_round_trip(network, tmp_path):
+@pytest.mark.parametrize("network, other", [(gpt, ScalarModel), (scalar, GPT)])
+def test_checkpoint_round_trip(network, other, tmp_path):
     """Comes back in eval mode, bit by bit; a name may be a path."""
     cfg, model = settings(rlhf.SFT, tmp_path, data=""), network()
     rlhf.save(tmp_path / "out/m.pt", model)
@@ -599,6 +599,8 @@ def test_checkpoint_round_trip(network, tmp_path):
     assert vars(again.config) == vars(model.config) and not again.training
     assert torch.equal(weights(model), weights(again))
     assert rlhf.load(cfg, f"{tmp_path}/out/m.pt", type(model), 0.25).config.dropout == 0.25
+    with pytest.raises(UserError, match=f"m.pt holds a .*, but a {other.__name__} is needed"):
+        rlhf.load(cfg, "m", other)
 
 @pytest.mark.parametrize("stage, fields", [
     (rlhf.PPO, dict(gamma=1.01)), (rlhf.PPO, dict(lam=-0.1)), (rlhf.PPO, dict(name="rm")),

@@ -1,4 +1,4 @@
-"""The patches say what they are; and the stages of the one that CI has applied run."""
+"""Each patch has its row in the README; the stages of the one that CI has applied run."""
 
 import json
 import math

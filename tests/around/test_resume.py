@@ -1,4 +1,4 @@
-"""A stopped run goes on to the same bits, wherever that was; a failure keeps the last state."""
+"""A stopped run goes on to the same bits, wherever that was, or is refused by name."""
 
 import errno
 import gc
@@ -209,8 +209,7 @@ def test_a_second_run_in_the_same_folder_is_refused(start, project, monkeypatch)
     monkeypatch.setattr("fcntl.flock", Mock(side_effect=unsupported))
     start("rm")
 
-def test_a_full_disk_is_one_sentence(start, monkeypatch):
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(os, "fsync", Mock(side_effect=full))
-    with pytest.raises(SystemExit, match="dpo: .*cannot be written: .*No space left"):
+def test_a_file_that_cannot_be_opened_is_one_sentence(start, project):
+    (project / "out/run/metrics.jsonl").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="dpo: .*metrics.jsonl: Is a directory"):
         start("dpo")
