@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import EOS, gpt, lively, read_log, scalar, settings, weights
-from test_equations import gae_by_double_sum, pairwise_by_loop, policy_by_loop, untied_pairs, value_by_loop
+from test_equations import gae_by_double_sum, pairwise_by_loop, policy_by_loop
+from test_equations import untied_pairs, value_by_loop
 from torch import tensor
 
 import rlhf
