@@ -6,33 +6,28 @@
     train    rlhf.lm_pass and rlhf.update: forward, backward, clipping and Adam
     ppo      an iteration of rlhf.ppo without pretraining text: sampling, scoring, updates
 
-Products of large matrices and a copy of 256 MB show what the machine can do. Where it is
-installed, the GPT-2 of transformers takes part, in a process where torch has its own settings.
-All take turns. Weights are random and learning rates 0, so each turn does the same work.
+Products of large matrices and a copy of 256 MB show what the machine can do. Where transformers
+is installed, its GPT-2 does the first two as well. All take turns, with random weights.
 
-The table has medians; tokens (of ppo, episodes) per second; a GPU's peak memory; and the time of
-transformers divided by ours. `of product` is the model's FLOPs as a share of what the product of
-the same precision does in this time. FLOPs are 2 per multiply-add of matrix products: 24 L C^2
-a token for the blocks, 4 L C for each token it attends to, 2 V C for each one predicted (Kaplan
-et al. 2020, arXiv 2001.08361, table 1); a backward pass counts twice, padding not at all. `of
-copy` is what decoding must read, at each step all weights and the keys and values so far, as a
-share of what the copy reads and writes in this time, with 4 bytes a number.
+The table has medians of seconds; tokens (of ppo, episodes) per second; `of product`, the model's
+FLOPs as a share of what the product of the same precision does in this time; `of copy`, what
+decoding must read, at each step all weights and the keys and values so far, of 4 bytes a number,
+as a share of what the copy reads and writes; and each time divided by ours. FLOPs are 2 per
+multiply-add of matrix products: 24 L C^2 a token for the blocks, 4 L C for each token it attends
+to, 2 V C for each one predicted (Kaplan et al. 2020, arXiv 2001.08361, table 1); a backward pass
+counts twice, padding not at all.
 """
 
 import functools
 import json
-import platform
-import re
 import statistics
 import sys
 import tempfile
 import time
 from argparse import ArgumentParser
 from base64 import b64encode
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -62,7 +57,6 @@ class Row:
     count: int = 0  # tokens or episodes
     flops: float = 0.0
     moved: float = 0.0  # bytes
-    peak: float = 0.0  # bytes
     seconds: list[float] = field(default_factory=list)
 
 def forward_flops(config: GPTConfig, rows: int, length: int, predicted: int) -> float:
@@ -109,6 +103,7 @@ def ppo(cfg: rlhf.PPO, config: GPTConfig) -> Row:
     rlhf.save(out / "rm.pt", ScalarModel(config))
 
     def work() -> float:
+        """The seconds of an iteration, the first of three left out."""
         rlhf.ppo(cfg)
         log = (out / cfg.name / "metrics.jsonl").read_text().splitlines()
         ends = [json.loads(line)["seconds"] for line in log]
@@ -117,6 +112,25 @@ def ppo(cfg: rlhf.PPO, config: GPTConfig) -> Row:
     policy = forward_flops(config, rows, PROMPT + NEW - 1, NEW)
     value = forward_flops(config, rows, PROMPT + NEW - 1, 0)
     return Row(work, rows, 3 * policy + 2 * value + 3 * cfg.epochs * (policy + value))
+
+def peer(job: str, cfg: rlhf.PPO, config: GPTConfig) -> Row:
+    """The same work by transformers, without dropout."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    names = dict(vars(config), n_positions=config.block_size, eos_token_id=None)
+    model = GPT2LMHeadModel(GPT2Config(**names)).to(cfg.device).eval()
+    if job == "decode":
+        prompts = torch.tensor(random_ids(config, cfg.rollout_size, PROMPT), device=cfg.device)
+        model.to(getattr(torch, cfg.dtype))
+        return Row(functools.partial(
+            model.generate, prompts, max_new_tokens=NEW, do_sample=True, top_k=0))
+    optimizer = rlhf.adam(model)
+    tokens = torch.tensor(random_ids(config, cfg.batch_size, cfg.length), device=cfg.device)
+
+    def work():
+        model(tokens, labels=tokens).loss.backward()
+        rlhf.update(model, optimizer, 0.0)
+
+    return Row(work)
 
 JOBS = {"decode": decode, "train": train, "ppo": ppo}
 
@@ -129,77 +143,44 @@ def machine(device: str) -> dict[str, Row]:
     x = torch.ones(2**26, device=device)
     return rows | {"copy": Row(functools.partial(x.clone().copy_, x), moved=2 * 2**28)}
 
-@functools.cache
-def peer_model(shape: str, device: str, dtype: str) -> tuple:
-    from transformers import GPT2Config, GPT2LMHeadModel
-    names = dict(vars(SHAPES[shape]), n_positions=SHAPES[shape].block_size, eos_token_id=None)
-    model = GPT2LMHeadModel(GPT2Config(**names)).to(device, getattr(torch, dtype)).eval()
-    return model, rlhf.adam(model)
-
-def peer(job: str, cfg: rlhf.PPO) -> None:  # the same work by transformers
-    vocabulary = SHAPES[cfg.shape].vocab_size
-    if job == "decode":
-        model, _ = peer_model(cfg.shape, cfg.device, cfg.dtype)
-        prompts = torch.randint(vocabulary, (cfg.rollout_size, PROMPT), device=cfg.device)
-        model.generate(prompts, max_new_tokens=NEW, do_sample=True, top_k=0)
-        return
-    model, optimizer = peer_model(cfg.shape, cfg.device, "float32")
-    tokens = torch.randint(vocabulary, (cfg.batch_size, cfg.length), device=cfg.device)
-    with torch.autocast(cfg.device, torch.bfloat16, cfg.dtype == "bfloat16"):
-        loss = model(tokens, labels=tokens).loss
-    loss.backward()
-    rlhf.update(model, optimizer, 0.0)
-
 def measure(rows: dict[str, Row], cfg: rlhf.PPO) -> None:
     wait = getattr(torch, cfg.device).synchronize
     for turn in range(1 + cfg.repeats):  # the first is a warm-up
         for name, row in rows.items():
             wait()
             start = time.perf_counter()
-            own = row.work()
+            found = row.work()
             wait()
-            found = time.perf_counter() - start
-            if name == "ppo":
-                found = own
-            if cfg.device == "cuda":
-                row.peak = torch.cuda.max_memory_allocated()
-                torch.cuda.reset_peak_memory_stats()
+            if name != "ppo":
+                found = time.perf_counter() - start
             if turn > 0:
                 row.seconds.append(found)
 
-def processor(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    if sys.platform != "linux":
-        return platform.processor()
-    return re.findall("model name.*: (.*)|$", Path("/proc/cpuinfo").read_text())[0]
-
 def bench(cfg: rlhf.PPO) -> None:
-    rows, compared = {}, machine(cfg.device)
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        for job in JOBS if cfg.job == "all" else [cfg.job]:
-            own = {job: JOBS[job](cfg, SHAPES[cfg.shape])}
-            if find_spec("transformers") and job != "ppo":
-                own[f"{job}, transformers"] = Row(lambda: pool.submit(peer, job, cfg).result())
-            measure(own | compared, cfg)
-            own[job].work = None  # free its memory
-            rows |= own
-    rows |= compared
+    config, compared, rows = SHAPES[cfg.shape], machine(cfg.device), {}
+    for job in JOBS if cfg.job == "all" else [cfg.job]:
+        own = {job: JOBS[job](cfg, config)}
+        if find_spec("transformers") and job != "ppo":
+            own[f"{job}, transformers"] = peer(job, cfg, config)
+        measure(own | compared, cfg)
+        for row in own.values():
+            row.work = None  # free its memory
+        rows |= own
     table = {}
-    for name, row in rows.items():
+    for name, row in (rows | compared).items():
         middle = statistics.median(row.seconds)
         table[name] = dict(seconds=middle, fastest=min(row.seconds), slowest=max(row.seconds))
-        table[name] |= {"per second": row.count / middle, "peak GB": row.peak / 1e9,
-                        "GFLOP/s": row.flops / middle / 1e9, "GB/s": row.moved / middle / 1e9}
+        table[name] |= {"per second": row.count / middle, "GFLOP/s": row.flops / middle / 1e9,
+                        "GB/s": row.moved / middle / 1e9}
     for name, row in table.items():
         row["of product"] = row["GFLOP/s"] / table[cfg.dtype]["GFLOP/s"]
         row["of copy"] = row["GB/s"] / table["copy"]["GB/s"]
         row["times"] = row["seconds"] / table[name.split(",")[0]]["seconds"]
-    facts = dict(shape=cfg.shape, device=cfg.device, dtype=cfg.dtype, torch=torch.__version__)
-    facts |= dict(processor=processor(cfg.device), threads=torch.get_num_threads())
     print("| | " + " | ".join(row) + " |\n" + "|---" * (1 + len(row)) + "|")
     for name, row in table.items():
         print(f"| {name} |", *(f"{x:,.3f} |" for x in row.values()))
+    facts = dict(shape=cfg.shape, device=cfg.device, dtype=cfg.dtype, torch=torch.__version__)
+    facts |= dict(cpu=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads())
     print(json.dumps(facts | {"rows": table}))
 
 def main(argv=None) -> None:
@@ -211,7 +192,7 @@ def main(argv=None) -> None:
     parser.add_argument("--repeats", type=int, default=5, choices=range(1, 21), metavar="N")
     flags = vars(parser.parse_args(argv))
     cfg = rlhf.PPO(max_new_tokens=NEW, learning_rate=0.0, value_learning_rate=0.0, ptx_coef=0.0)
-    vars(cfg).update(SIZES[flags["shape"]] | flags, iterations=3)  # the first is a warm-up
+    vars(cfg).update(SIZES[flags["shape"]] | flags, iterations=3)
     with tempfile.TemporaryDirectory() as folder:
         cfg.data = cfg.out = folder
         rlhf.run_stage(bench, cfg)

@@ -17,6 +17,13 @@ import rlhf  # noqa: E402
 from data.files import EOT, get_tokenizer, write_jsonl  # noqa: E402
 from model import GPT, GPTConfig, ScalarModel  # noqa: E402
 
+rlhf.PRESETS["test"] = dict(block_size=24, n_layer=1, n_head=2, n_embd=8)
+SMALL = {  # some six steps of every stage that trains
+    "pretrain": dict(name="base", preset="test", steps=6, batch_size=4),
+    "sft": dict(name="tuned", epochs=2, batch_size=4, reward_model="rm", pretrain_fraction=0.1),
+    "rm": dict(name="judge", epochs=2, batch_size=4), "dpo": dict(epochs=2, batch_size=4),
+    "ppo": dict(iterations=5, rollout_size=4, minibatch_size=2, epochs=2, microbatch_size=1),
+}
 EOS = 256  # the last token of the data set below: its vocabulary is the 256 bytes and EOS
 GOLD = '''
 def gold(row, completion):
@@ -65,13 +72,15 @@ def prompts() -> list[list[int]]:
 
 # ---- data --------------------------------------------------------------------------------------
 
-BYTES = [bytes([i]) for i in range(256)]
-
-def write_vocabulary(folder: Path, tokens: list[bytes] = BYTES) -> Path:
-    """A folder with a tokenizer.tiktoken, so that none is downloaded."""
+def write_vocabulary(folder: Path, words=()) -> Path:
+    """Single bytes, and the words with all of their beginnings, so that none is downloaded."""
+    tokens = [bytes([i]) for i in range(256)]
+    for word in words:
+        tokens += [word[:end].encode() for end in range(2, len(word) + 1)]
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens)]
-    (folder / "tokenizer.tiktoken").write_text("".join(lines))
+    with open(folder / "tokenizer.tiktoken", "wb") as file:
+        for i, token in enumerate(dict.fromkeys(tokens)):
+            file.write(base64.b64encode(token) + b" %d\n" % i)
     return folder
 
 def write_data(folder: Path) -> None:
@@ -134,6 +143,9 @@ def settings(kind: type, folder: Path, **fields):
            "device": "cpu", "dtype": "float32", "max_new_tokens": 5, "window": 12}
     known = kind.__dataclass_fields__
     return kind(**{key: x for key, x in own.items() if key in known} | fields)
+
+def stage_settings(stage: str, folder: Path, **fields):
+    return settings(rlhf.STAGES[stage].__annotations__["cfg"], folder, **fields)
 
 def read_log(cfg) -> list[dict]:
     """metrics.jsonl of a run; NaN and infinities are failures."""

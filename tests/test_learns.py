@@ -5,14 +5,12 @@ grumbles, demonstrations are better but not perfect, comparisons follow the gold
 has something left to do.
 """
 
-import base64
 import json
 from random import Random
 
-import numpy as np
 import pytest
 import torch
-from conftest import read_log, settings
+from conftest import settings, write_vocabulary
 
 import rlhf
 from data.files import EOT, decode, encode, get_tokenizer, write_jsonl
@@ -31,17 +29,6 @@ def gold(row, completion):
     right = len(set(words) & set(KINDS[row["wants"]]))
     return {{"helpful": right / max(3, len(words)), "harmless": 0.0 if "bah" in words else 1.0}}
 '''
-
-def write_tokenizer(folder):
-    """Single bytes, and the words of this world with all of their beginnings."""
-    tokens = [bytes([i]) for i in range(256)]
-    for word in (*WORDS, *KINDS, "bah", "Name", "things", "\n", "Human", "Assistant"):
-        for text in (word, f" {word}", f"\n{word}"):
-            for end in range(2, len(text) + 1):
-                tokens.append(text[:end].encode())
-    lines = [f"{base64.b64encode(token).decode()} {i}\n"
-             for i, token in enumerate(dict.fromkeys(tokens))]
-    (folder / "tokenizer.tiktoken").write_text("".join(lines))
 
 def prompt(kind: str) -> str:
     return f"\n\nHuman: Name {kind} things.\n\nAssistant:"
@@ -64,9 +51,9 @@ def world(tmp_path_factory):
     """The files of the data set, written as anybody would."""
     folder, rng = tmp_path_factory.mktemp("things"), Random(0)
     data = folder / "data"
-    data.mkdir()
+    words = (*WORDS, *KINDS, "bah", "Name", "things", "\n", "Human", "Assistant")
+    write_vocabulary(data, [space + word for word in words for space in ("", " ", "\n")])
     (data / "gold.py").write_text(GOLD)
-    write_tokenizer(data)
     for name, count in (("pretrain", 3000), ("pretrain_valid", 100)):
         (data / f"{name}.txt").write_text(EOT.join(document(rng) for _ in range(count)))
     for name, count in (("sft", 400), ("sft_valid", 20), ("prompts", 64), ("prompts_valid", 200)):
@@ -95,8 +82,8 @@ def rank_by_gold(data, cfg):
         write_jsonl(data / f"{name}.jsonl", rows)
 
 @pytest.fixture(scope="module")
-def results(world):
-    """{model: {column: value}} of `evaluate`, and PPO's log, after the whole chain."""
+def table(world):
+    """{model: {column: value}} of `evaluate`, after the whole chain."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     rlhf.PRESETS["things"] = dict(block_size=32, n_layer=2, n_head=2, n_embd=48)
@@ -113,29 +100,18 @@ def results(world):
                     minibatch_size=16, window=32, ptx_coef=ptx_coef, kl_coef=0.1,
                     learning_rate=1.5e-3, value_learning_rate=3e-3, ema_decay=0.9))
     rlhf.evaluate(of(rlhf.Evaluate, models="gpt,sft,ppo,ppo_ptx", reference="sft"))
-    table = json.loads((world / "out/evaluate.json").read_text())["table"]
-    return table, read_log(of(rlhf.PPO))
+    return json.loads((world / "out/evaluate.json").read_text())["table"]
 
 def gold(row: dict) -> float:
     return row["helpful"] + row["harmless"]
 
-def test_every_stage_is_better_than_the_one_before(results):
+def test_every_stage_is_better_than_the_one_before(table):
     """GPT < SFT < PPO-ptx by gold score, and PPO is preferred."""
-    table, _ = results
     assert gold(table["gpt"]) + 0.05 < gold(table["sft"]) < gold(table["ppo_ptx"]) - 0.1
     assert table["ppo_ptx"]["win rate"] > 0.55 > table["sft"]["win rate"] == 0.5
     assert table["ppo_ptx"]["RM score"] > table["sft"]["RM score"] + 0.5
     assert table["ppo_ptx"]["EOS"] > 0.9
 
-def test_gold_score_and_kl_during_ppo(results):
-    """The one rises; the other begins at 0, is positive then, and bounded."""
-    _, log = results
-    rewards = [line["objective/gold"] for line in log]
-    kl = [line["objective/kl"] for line in log]
-    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.1
-    assert kl[0] == 0 and min(kl) > -0.2 and 0.1 < np.mean(kl[-5:]) < 15
-
-def test_ptx_lowers_the_alignment_tax(results):
+def test_ptx_lowers_the_alignment_tax(table):
     """Loss on held-out text: PPO raises it, with the pretraining gradient mixed in it does not."""
-    table, _ = results
     assert table["ppo_ptx"]["held-out loss"] < table["ppo"]["held-out loss"] - 0.05

@@ -44,19 +44,6 @@ def test_scalar_head_starts_from_one_over_c_plus_one():
     assert std == pytest.approx(256**-0.5, rel=0.05)
     assert not any(head.bias.any() for head in heads)
 
-def test_unembedding_is_the_embedding(policy):
-    states = policy.hidden(tensor([[1, 2, 3]]))
-    expected = torch.stack([states[0] @ policy.wte.weight[i] for i in range(11)], -1)
-    close(policy(tensor([[1, 2, 3]]))[0], expected)
-    assert not any("head" in name for name, _ in policy.named_parameters())
-
-@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (4, 1), (3, 32)])
-def test_forward_always_gives_all_logits(policy, reward_model, shape):
-    tokens = torch.randint(11, shape)
-    assert policy(tokens).shape == (*shape, 11)
-    assert policy.hidden(tokens).shape == (*shape, 16)
-    assert reward_model(tokens).shape == shape
-
 def test_dropout_is_on_in_train_mode_alone():
     torch.manual_seed(1)
     dropped, plain = gpt(dropout=0.5), gpt()
@@ -130,11 +117,6 @@ def test_score_is_read_at_the_last_token(reward_model):
     close(changed[0], scores[0])
     assert abs(changed[1] - scores[1]) > 1e-3
 
-def test_pad_right():
-    """With zeros, to the longest row."""
-    tokens, lens = pad_right([[5, 6, 7], [8], np.array([9, 1], dtype=np.int32)])
-    assert tokens.tolist() == [[5, 6, 7], [8, 0, 0], [9, 1, 0]] and lens.tolist() == [3, 1, 2]
-
 # ---- generate ----------------------------------------------------------------------------------
 
 def test_cached_steps_equal_the_full_forward_pass(policy, prompts, monkeypatch):
@@ -153,51 +135,30 @@ def test_cached_steps_equal_the_full_forward_pass(policy, prompts, monkeypatch):
         for step, logits in enumerate(seen):
             close(logits[i], full[n - 1 + step])
 
-def test_greedy_batch_is_each_row_alone(policy, prompts):
-    tokens, prompt_lens, total_lens = generate(policy, prompts, 10, NEVER, temperature=0)
-    for i, prompt in enumerate(prompts):
-        alone, (n,), (total,) = generate(policy, [prompt], 10, NEVER, temperature=0)
-        assert prompt_lens[i] == n == len(prompt) and total_lens[i] == total == n + 10
-        assert tokens[i, :total].tolist() == alone[0].tolist()
-
 def test_greedy_takes_the_likeliest(policy, prompts):
     tokens, prompt_lens, total_lens = generate(policy, prompts, 6, NEVER, temperature=0)
-    for row, start, end in zip(tokens, prompt_lens, total_lens):
+    for row, prompt, start, end in zip(tokens, prompts, prompt_lens, total_lens, strict=True):
+        assert row[:start].tolist() == prompt and end == start + 6
         logits = policy(row[None, :end])[0]
         assert row[start:end].tolist() == logits[start - 1 : end - 1].argmax(-1).tolist()
     assert torch.equal(sample(torch.eye(4), 0)[0], torch.arange(4))
 
-@pytest.mark.parametrize("eos", range(11))
-def test_rows_end_at_their_eos_and_leave_the_others_alone(prompts, eos):
+def test_rows_end_at_their_eos_and_leave_the_others_alone(policy, prompts):
     """Greedy, so that a row with an EOS is the row without, cut after the first: whoever else has
     ended (such rows are dropped from the cache) and whatever its prompt holds."""
-    torch.manual_seed(3)
-    policy, prompts = gpt(), prompts * 3
+    prompts, ends = prompts * 3, []
     endless, prompt_lens, _ = generate(policy, prompts, 12, NEVER, temperature=0)
-    tokens, _, total_lens = generate(policy, prompts, 12, eos, temperature=0)
-    for i, start in enumerate(prompt_lens.tolist()):
-        response = endless[i, start : start + 12].tolist()
-        if eos in response:
-            response = response[: response.index(eos) + 1]
-        assert total_lens[i] == start + len(response)
-        assert tokens[i, :start].tolist() == prompts[i]
-        assert tokens[i, start : total_lens[i]].tolist() == response
-    assert tokens.size(1) == total_lens.max()
-
-def test_rows_end_at_different_steps_in_the_test_above(prompts):
-    """Otherwise it would show nothing."""
-    torch.manual_seed(3)
-    policy, ends = gpt(), set()
     for eos in range(11):
-        _, prompt_lens, total_lens = generate(policy, prompts, 12, eos, temperature=0)
-        ends |= {frozenset((total_lens - prompt_lens).tolist())}
-    assert max(map(len, ends)) >= 3
-
-def test_eos_in_the_prompt_does_not_stop_a_row(policy):
-    tokens, prompt_lens, total_lens = generate(policy, [[0], [0, 0, 0], [5, 0]], 8, 0)
-    assert (total_lens > prompt_lens).all()
-    for row, start, end in zip(tokens, prompt_lens, total_lens):
-        assert (row[start : end - 1] != 0).all() and (row[end - 1] == 0 or end - start == 8)
+        tokens, _, total_lens = generate(policy, prompts, 12, eos, temperature=0)
+        for i, start in enumerate(prompt_lens.tolist()):
+            response = endless[i, start : start + 12].tolist()
+            if eos in response:
+                response = response[: response.index(eos) + 1]
+            assert total_lens[i] == start + len(response)
+            assert tokens[i, : total_lens[i]].tolist() == prompts[i] + response
+        assert tokens.size(1) == total_lens.max()
+        ends.append(len(set((total_lens - prompt_lens).tolist())))
+    assert max(ends) >= 3  # different steps, else it would show nothing
 
 @pytest.mark.parametrize("prompts, new", [([[1] * 30], 3), ([[1], [1] * 33], 1), ([[1], []], 4)])
 def test_rows_that_do_not_fit_are_refused(policy, prompts, new):
@@ -206,12 +167,9 @@ def test_rows_that_do_not_fit_are_refused(policy, prompts, new):
 
 @pytest.mark.parametrize("block_size", [5, 21, 32])
 def test_a_row_may_fill_a_context_of_any_size(block_size):
-    """However rows are padded, no position is asked for that the model has not."""
     policy, prompt = gpt(block_size=block_size), [1] * (block_size - 3)
     tokens, _, total_lens = generate(policy, [prompt, [2]], 3, NEVER)
     assert total_lens.tolist() == [block_size, 4] and tokens.shape == (2, block_size)
-    tokens, lens = pad_right(tokens.tolist())
-    assert policy(tokens)[0, :block_size].isfinite().all()
 
 # ---- what is sampled is what is scored ---------------------------------------------------------
 
@@ -221,7 +179,7 @@ def assert_frequencies(counts, p):
     assert ((counts / n - p).abs() <= 5 * (p * (1 - p) / n).sqrt() + 1e-9).all()
 
 def assert_sampled_is_scored(policy, prompts):
-    """The log-probabilities of `respond` are those of `token_logprobs`, in float32."""
+    """The log-probabilities of `respond` are those of `token_logprobs`."""
     for eos in (NEVER, 2):
         sampled = respond(policy, prompts * 4, 12, eos)
         for prompt, (response, logprobs) in zip(prompts * 4, sampled, strict=True):
@@ -230,32 +188,25 @@ def assert_sampled_is_scored(policy, prompts):
             scored = rlhf.token_logprobs(policy, row, mask)[mask > 0]
             close(tensor(logprobs), scored.detach())
 
-def test_sampled_log_probabilities_are_those_that_are_scored(policy, prompts):
-    assert_sampled_is_scored(policy, prompts)
-
-class LoRA(torch.nn.Linear):
-    """A fork's layer: a second path of low rank beside the matrix."""
-    def __init__(self, *shape):
-        super().__init__(*shape)
-        self.a = torch.nn.Parameter(torch.empty(2, self.in_features))
-        self.b = torch.nn.Parameter(torch.empty(self.out_features, 2))
-
+class Doubled(torch.nn.Linear):
+    """A fork's layer."""
     def forward(self, x):
-        return super().forward(x) + x @ self.a.T @ self.b.T
+        return 2 * super().forward(x)
 
-@pytest.mark.parametrize("change", ["linear", "activation"])
+@pytest.mark.parametrize("change", ["nothing", "linear", "activation"])
 def test_a_changed_network_samples_what_it_trains(prompts, monkeypatch, change):
     """A subclass of nn.Linear, another activation: nothing that samples knows better."""
     plain = gpt()
     if change == "linear":
-        monkeypatch.setattr(module.nn, "Linear", LoRA)
+        monkeypatch.setattr(module.nn, "Linear", Doubled)
     changed = gpt()
-    changed.load_state_dict(plain.state_dict(), strict=False)
+    changed.load_state_dict(plain.state_dict())
     if change == "activation":
         for block in changed.h:
             block.mlp.gelu = torch.nn.Tanh()
     tokens = torch.randint(11, (2, 8))
-    assert (changed(tokens) - plain(tokens)).abs().max() > 0.01
+    same = torch.allclose(changed(tokens), plain(tokens), atol=0.01)
+    assert same == (change == "nothing")
     assert_sampled_is_scored(changed, prompts)
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -6,11 +6,8 @@ the equations of rlhf.py. Then come the properties that such a comparison could 
 
 import copy
 import gc
-import itertools
 import json
 import math
-import os
-import signal
 from collections import Counter
 from types import SimpleNamespace
 
@@ -18,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import EOS, gpt, lively, read_log, scalar, settings, weights
-from test_equations import gae_by_double_sum
+from test_equations import gae_by_double_sum, pairwise_by_loop, policy_by_loop
+from test_equations import untied_pairs, value_by_loop
 from torch import tensor
 
 import rlhf
@@ -26,7 +24,6 @@ from data.files import Example, Ranking, UserError, decode, encode, get_tokenize
 from data.files import read_comparisons, read_demonstrations, read_documents, read_jsonl
 from data.files import read_prompts, write_jsonl
 from model import GPT, ScalarModel
-from rlhf import token_logprobs
 
 def row_logprobs(policy, ids, start):
     """log pi of the tokens from `start` on, by a forward pass over this row alone."""
@@ -35,28 +32,11 @@ def row_logprobs(policy, ids, start):
 
 # ---- models on tokens --------------------------------------------------------------------------
 
-def test_token_logprobs_are_those_of_the_softmax(policy):
-    """(B, T-1): column t has log pi of token t + 1 after tokens up to t; 0 off the mask."""
-    tokens = torch.randint(11, (3, 8))
-    mask = rlhf.action_mask(tensor([3, 1, 2]), tensor([6, 2, 8]), 8)
-    logprobs = token_logprobs(policy, tokens, mask)
-    for i, t in itertools.product(range(3), range(7)):
-        logits = policy(tokens[i : i + 1, : t + 1])[0, -1].double()
-        expected = (logits[tokens[i, t + 1]] - logits.exp().sum().log()) * mask[i, t]
-        assert logprobs[i, t].item() == pytest.approx(expected.item(), abs=1e-5)
-    assert not logprobs[mask == 0].any()
-
-def test_samples_come_with_the_log_probabilities_that_are_scored(policy, prompts):
-    """In the order of the prompts, 256 at a time; EOS is the last token of a response, if any."""
-    sampled = rlhf.sample_responses(policy, prompts * 50, 2, 6)
-    assert len(sampled) == 300
-    for prompt, (response, logprobs) in zip(prompts * 50, sampled):
-        scored = row_logprobs(policy, prompt + response, len(prompt))
-        assert logprobs == pytest.approx(scored.tolist(), abs=1e-5)
-        assert 2 not in response[:-1] and (len(response) == 6 or response[-1] == 2)
-    greedy = rlhf.complete(policy, prompts, 2, 6, temperature=0)
-    for prompt, response in zip(prompts, greedy):
-        assert response[0] == policy(tensor([prompt]))[0, -1].argmax()
+def test_responses_come_in_the_order_of_the_prompts(policy, prompts):
+    """However many there are: 256 are sampled at a time."""
+    few = rlhf.complete(policy, prompts, 2, 6, temperature=0)
+    assert rlhf.complete(policy, prompts * 50, 2, 6, temperature=0) == few * 50
+    assert len(set(map(tuple, few))) > 2
 
 @pytest.mark.parametrize("lengths, size, device, expected", [
     ([10, 10, 11, 12, 300, 900], 4, "cuda", [[4, 5], [0, 1, 2, 3]]),
@@ -117,18 +97,9 @@ def lm_by_loop(model, examples):
     """(1): every token weighs the same."""
     return -torch.cat([row_logprobs(model, list(ids), start) for ids, start in examples]).mean()
 
-def pairwise_by_loop(score, rankings):
-    """(2) of score(ids, prompt_len): the mean over prompts that have pairs, of means over pairs."""
-    means = []
-    for ranking in rankings:
-        scores = [score(*example) for example in ranking.examples]
-        losses = []
-        for i, j in itertools.permutations(range(len(scores)), 2):
-            if ranking.ranks[i] < ranking.ranks[j]:
-                losses.append(torch.log1p(torch.exp(scores[j] - scores[i])))
-        if losses:
-            means.append(sum(losses) / len(losses))
-    return sum(means) / len(means)
+def scored(rankings, score):
+    """(scores, ranks) of each prompt, by score(ids, prompt_len)."""
+    return [([score(*example) for example in x.examples], x.ranks) for x in rankings]
 
 def close_weights(a, b, tolerance):
     """All but a few: the keys' biases have no gradient but rounding, which Adam makes a step of."""
@@ -202,7 +173,7 @@ def test_rm_by_hand(project, tokenizer, microbatch_size):
 
     def loss(step):
         batch = rlhf.batch_at(train, 4, step, cfg.seed)
-        return pairwise_by_loop(lambda ids, _: model(tensor([ids]))[0, -1], batch)
+        return pairwise_by_loop(scored(batch, lambda ids, _: model(tensor([ids]))[0, -1]))
 
     log = assert_trained(cfg, model, 6, loss)
     for step, line in enumerate(log):  # after each epoch
@@ -234,22 +205,21 @@ def test_dpo_by_hand(project, tokenizer, microbatch_size):
         for examples, ranks, _ in rankings:
             rewards = [implicit(*example).item() for example in examples]
             logs = [row_logprobs(model, *example).sum().item() for example in examples]
-            for i, j in itertools.permutations(range(len(ranks)), 2):
-                if ranks[i] < ranks[j]:
-                    margins.append(rewards[i] - rewards[j])
-                    chosen.append(logs[i])
+            for i, j in untied_pairs(ranks):
+                margins.append(rewards[i] - rewards[j])
+                chosen.append(logs[i])
         return {f"{prefix}accuracy": np.mean(np.array(margins) > 0),
                 f"{prefix}margin": np.mean(margins), f"{prefix}chosen_logprob": np.mean(chosen)}
 
     def loss(step):
         batch = rlhf.batch_at(train, 4, step, cfg.seed)
         before.append(statistics(batch))
-        return pairwise_by_loop(implicit, batch)
+        return pairwise_by_loop(scored(batch, implicit))
 
     def after(step):
         if step % 3 < 2:
             return before[step] | {"valid/loss": None}
-        held_out = {"valid/loss": pairwise_by_loop(implicit, valid).item()}
+        held_out = {"valid/loss": pairwise_by_loop(scored(valid, implicit)).item()}
         return before[step] | held_out | statistics(valid, "valid/")
 
     valid = read_comparisons(project / "data/comparisons_valid.jsonl", tokenizer, 24)
@@ -298,25 +268,15 @@ def episode_by_hand(nets, record, response, cfg):
 
 def losses_by_hand(nets, episodes, cfg):
     """(5), (6) and their statistics, token by token."""
-    found = {key: [] for key in ("loss/policy", "loss/value", "val/ratio", "policy/clipfrac",
-                                 "policy/approxkl", "val/clipfrac", "val/error")}
-    for e in episodes:
-        new = row_logprobs(nets.policy, e.ids, e.start)
-        now = nets.value(tensor([e.ids]))[0, e.start - 1 : -1]
-        for t in range(e.n):
-            ratio = (new[t] - e.old[t]).exp()
-            near = ratio.clamp(1 - cfg.cliprange, 1 + cfg.cliprange)
-            plain, clipped = ratio * e.white[t], near * e.white[t]
-            found["loss/policy"].append(-min(plain, clipped))
-            found["policy/clipfrac"].append(float(clipped < plain))
-            found["policy/approxkl"].append((new[t] - e.old[t]).item() ** 2 / 2)
-            found["val/ratio"].append(ratio.item())
-            old, target, eps = e.values[t], e.returns[t], cfg.cliprange_value
-            errors = (now[t] - target) ** 2, (now[t].clamp(old - eps, old + eps) - target) ** 2
-            found["loss/value"].append(max(errors) / 2)
-            found["val/clipfrac"].append(float(errors[1] > errors[0]))
-            found["val/error"].append(errors[0].item())
-    return {key: sum(x) / len(x) for key, x in found.items()}
+    new = torch.cat([row_logprobs(nets.policy, e.ids, e.start) for e in episodes])
+    now = torch.cat([nets.value(tensor([e.ids]))[0, e.start - 1 : -1] for e in episodes])
+    old = torch.cat([e.old for e in episodes])
+    white = torch.cat([e.white for e in episodes])
+    loss, stats = policy_by_loop(new, old, white, cfg.cliprange)
+    values = torch.cat([e.values for e in episodes])
+    returns = torch.cat([e.returns for e in episodes])
+    error, more = value_by_loop(now, values, returns, cfg.cliprange_value)
+    return stats | more | {"loss/policy": loss, "loss/value": error}
 
 def ppo_by_hand(cfg, sampled, records, documents):
     """The metrics of each iteration, and the average that is saved."""
@@ -332,7 +292,7 @@ def ppo_by_hand(cfg, sampled, records, documents):
                     for record, (response, _) in zip(batch, responses, strict=True)]
         pooled = np.concatenate([e.advantages for e in episodes])
         for e in episodes:
-            e.white = [(a - pooled.mean()) / pooled.std() for a in e.advantages]
+            e.white = tensor([(a - pooled.mean()) / pooled.std() for a in e.advantages])
         size = cfg.minibatch_size
         minibatches = rlhf.chunks(list(range(len(batch))), size)
         for _ in range(cfg.epochs - 1):
@@ -342,7 +302,7 @@ def ppo_by_hand(cfg, sampled, records, documents):
             stats = losses_by_hand(nets, [episodes[i] for i in minibatch], cfg)
             loss = stats["loss/policy"]
             if cfg.ptx_coef:
-                count = round(cfg.ptx_ratio * size)
+                count = math.ceil(cfg.ptx_ratio * size)
                 text = rlhf.random_documents(documents, count, cfg.window, rng)
                 stats["loss/ptx"] = lm_by_loop(policy, text)
                 loss = loss + cfg.ptx_coef * stats["loss/ptx"]
@@ -372,7 +332,7 @@ def ppo_by_hand(cfg, sampled, records, documents):
     return log, ema, policy
 
 @pytest.mark.parametrize("fields", [
-    dict(ptx_coef=3.0, ptx_ratio=1.25, iterations=3), dict(microbatch_size=1),
+    dict(ptx_coef=3.0, ptx_ratio=1.1, iterations=3), dict(microbatch_size=1),
     dict(microbatch_size=100, ptx_coef=0.0, epochs=3, gamma=0.9, lam=0.6, minibatch_size=2,
          cliprange=0.02, cliprange_value=0.03, learning_rate=0.02, value_learning_rate=0.05,
          kl_coef=0.5, missing_eos_score=-2.5, max_kl=1e9),
@@ -398,10 +358,13 @@ def test_ppo_by_hand(project, tokenizer, calls, fields):
 # ---- PPO in particular -------------------------------------------------------------------------
 
 def test_twelve_iterations(project, tokenizer, calls):
-    """Both rates warm up over ten, from a tenth (C.4). What is sampled is what is scored. The loss
-    on held-out text is logged at first, at last, and every ten."""
+    """Both rates warm up over ten, from a tenth (C.4). What is sampled is what is scored, and the
+    first ratio is 1, to the bit. Held-out loss is logged at first, at last, and every ten."""
     cfg, updates = ppo_settings(project, iterations=12, learning_rate=1e-9), calls("update")
-    rlhf.ppo(cfg)  # two updates an iteration
+    losses = calls("policy_loss")
+    rlhf.ppo(cfg)  # two updates an iteration, by passes of 3, 1 and 2 rows
+    for (new, old, _, mask, *_), _ in losses[::3] + losses[1::3]:
+        assert torch.equal(new, old * mask)
     log, factors = read_log(cfg), np.repeat([0.1 + 0.09 * i for i in range(10)] + [1, 1], 2)
     assert [rate for (_, _, rate), _ in updates[::2]] == pytest.approx(1e-9 * factors, rel=1e-6)
     assert [rate for (_, _, rate), _ in updates[1::2]] == pytest.approx(5e-4 * factors)
@@ -410,13 +373,6 @@ def test_twelve_iterations(project, tokenizer, calls):
     loss = lm_by_loop(rlhf.load(cfg, "ppo_init"), [(ids[:24], 1) for ids in valid]).item()
     heldout = {line["step"]: line["heldout/loss"] for line in log if "heldout/loss" in line}
     assert heldout == pytest.approx({1: loss, 11: loss, 12: loss}, abs=1e-4)
-
-def test_the_ratio_is_exactly_one_before_the_first_update(project, calls):
-    """(5) log pi of the first minibatch of an iteration is log pi_old, to the bit."""
-    losses = calls("policy_loss")
-    rlhf.ppo(ppo_settings(project))  # passes of 3, 1 and 2 rows an iteration
-    same = [torch.equal(new, old * mask) for (new, old, _, mask, *_), _ in losses]
-    assert same == [True, True, False] * 2
 
 def test_a_ratio_that_is_not_one_stops_the_run(project, monkeypatch):
     logprobs = rlhf.token_logprobs
@@ -444,26 +400,33 @@ def test_five_networks_are_alive(project, monkeypatch):
     rlhf.ppo(cfg)
     assert alive == [expected, expected]
 
-def test_a_rule_in_place_of_the_reward_model(project, tokenizer, monkeypatch, calls):
+def test_a_rule_in_place_of_the_reward_model(project, tokenizer, monkeypatch):
     """The class Reward is all that changes: no checkpoint; the values start from the policy."""
     class Rule:
         def __init__(self, cfg):
-            self.models = []  # none that reads tokens
+            pass  # there is no model that reads tokens
 
         def __call__(self, prompts, texts, tokens, total_lens):
-            assert [decode(tokenizer, row[:n]) for row, n in zip(tokens.tolist(), total_lens)] == [
-                prompt + text for prompt, text in zip(prompts, texts)]
+            for prompt, text, row, n in zip(prompts, texts, tokens.tolist(), total_lens):
+                assert decode(tokenizer, row[:n]) == prompt + text
+                lengths.append(len(text))
             return tensor([float(len(text)) for text in texts])
 
+    lengths = []
     (project / "out/rm.pt").unlink()
     monkeypatch.setattr(rlhf, "Reward", Rule)
-    cfg, sampled = ppo_settings(project, missing_eos_score=1.5), calls("sample_responses")
+    cfg = ppo_settings(project, iterations=1)
     rlhf.ppo(cfg)
-    for line, (_, responses) in zip(read_log(cfg), sampled):
-        raw = [len(decode(tokenizer, x)) for x, _ in responses]
-        scores = [n if x[-1] == EOS else min(n, 1.5) for n, (x, _) in zip(raw, responses)]
-        assert line["objective/raw_scores"] == pytest.approx(np.mean(raw))
-        assert line["objective/scores"] == pytest.approx(np.mean(scores))
+    (line,) = read_log(cfg)
+    assert line["objective/raw_scores"] == pytest.approx(np.mean(lengths))
+
+def test_an_episode_is_shown_token_by_token(tokenizer):
+    x = tensor([[1.0, 2, 3]])
+    rollout = SimpleNamespace(examples=[Example([97, 98, 99, EOS], 2)], logprobs=x,
+        ref_logprobs=x / 2, rewards=x + 10, values=x + 20, advantages=x + 30)
+    _, first, last = rlhf.episode_table(tokenizer, rollout).splitlines()
+    assert first.split() == ["'c'", "2.00", "1.00", "1.00", "12.00", "22.00", "32.00"]
+    assert last.split()[1:] == ["3.00", "1.50", "1.50", "13.00", "23.00", "33.00"]
 
 def test_where_the_value_network_begins(project):
     """At the reward model, at --value_init, or at the policy."""
@@ -525,8 +488,6 @@ def test_sft_with_pretraining_text_and_dropout(project, monkeypatch):
     cfg = settings(rlhf.SFT, project, epochs=1, batch_size=20, pretrain_fraction=1 / 3)
     rlhf.sft(cfg)
     assert seen == [(True, 0.2, 1.0, 15), (False, 0.2, 0.0, 4)]
-    with pytest.raises(UserError, match="--window 25 is longer than the context of 24"):
-        rlhf.sft(settings(rlhf.SFT, project, pretrain_fraction=0.5, window=25))
 
 def test_accuracy_report_by_loop(reward_model, tmp_path):
     """Over untied pairs, by whether the labeler was seen in training; nothing is NaN."""
@@ -541,17 +502,16 @@ def test_accuracy_report_by_loop(reward_model, tmp_path):
         every += [x - np.mean(scores) for x in scores]
         own_lengths = [len(x.ids) for x in ranking.examples]
         lengths += [n - np.mean(own_lengths) for n in own_lengths]
-        for i, j in itertools.permutations(range(4), 2):
-            if ranking.ranks[i] < ranking.ranks[j]:
-                margins[ranking.labeler].append(scores[i] - scores[j])
+        for i, j in untied_pairs(ranking.ranks):
+            margins[ranking.labeler].append(scores[i] - scores[j])
+    expected = {"eval/score_std": np.std(every)}
+    expected["eval/length_correlation"] = np.corrcoef(every, lengths)[0, 1]
     for name, who in (("eval", "a"), ("eval_heldout_labelers", "b")):
-        assert report[f"{name}/accuracy"] == pytest.approx(np.mean(np.array(margins[who]) > 0))
-        assert report[f"{name}/margin"] == pytest.approx(np.mean(margins[who]), abs=1e-5)
-        chances = [1 / (1 + math.exp(-abs(margin))) for margin in margins[who]]
-        assert report[f"{name}/confidence"] == pytest.approx(np.mean(chances), abs=1e-5)
-    assert report["eval/score_std"] == pytest.approx(np.std(every), abs=1e-5)
-    correlation = np.corrcoef(every, lengths)[0, 1]
-    assert report["eval/length_correlation"] == pytest.approx(correlation, abs=1e-4)
+        own = np.array(margins[who])
+        expected[f"{name}/accuracy"] = np.mean(own > 0)
+        expected[f"{name}/margin"] = np.mean(own)
+        expected[f"{name}/confidence"] = np.mean(1 / (1 + np.exp(-abs(own))))
+    assert report == pytest.approx(expected, abs=1e-4)
     report = rlhf.accuracy_report(reward_model, valid[:2], {"a"}, cfg)
     assert set(report) == {"eval/score_std", "eval/accuracy", "eval/confidence", "eval/margin"}
     torch.nn.init.zeros_(reward_model.head.weight)
@@ -570,8 +530,7 @@ def test_the_table_by_hand(project, tokenizer, calls, monkeypatch):
     completed = calls("complete")
     monkeypatch.setattr(rlhf, "own_turn", lambda text: text[:2])
     rlhf.evaluate(cfg)
-    temperatures = [arguments[4] for arguments, _ in completed[::3]]
-    assert temperatures == [1.5, 1.5]
+    assert [arguments[4] for arguments, _ in completed[::3]] == [1.5, 1.5]  # temperatures
     responses = [result for _, result in completed]
     found = json.loads((project / "out/evaluate.json").read_text())
     table, gold = found["table"], rlhf.gold_function([{"wants": 1}], cfg.gold)
@@ -597,8 +556,7 @@ def test_the_table_by_hand(project, tokenizer, calls, monkeypatch):
                 expected[axis].append(x)
         totals = np.add(expected["helpful"], expected["harmless"]).reshape(3, -1)
         assert np.array(found["gold"][title]) == pytest.approx(totals)
-        turns = [decode(tokenizer, response)[:2] for response in own]
-        assert found["responses"][title] == turns
+        assert found["responses"][title] == [decode(tokenizer, x)[:2] for x in own]
         documents = read_documents(project / "data/pretrain_valid.txt", tokenizer)
         expected["held-out loss"] = [lm_by_loop(policy, [(x[:24], 1) for x in documents]).item()]
         right = [decode(tokenizer, x).startswith(probe["completion"]) for probe, x in zip(
@@ -607,9 +565,8 @@ def test_the_table_by_hand(project, tokenizer, calls, monkeypatch):
         rate, margin = rlhf.win_rate(totals, np.array(found["gold"]["sft"]))
         expected |= {"win rate": [rate], "±": [margin]}
         assert row == pytest.approx({key: np.mean(x) for key, x in expected.items()}, abs=1e-4)
-    cells = [line.split("|") for line in (project / "out/evaluate.md").read_text().splitlines()]
-    assert len({len(line) for line in cells}) == 1 and len(cells) == 4
-    assert [cell.strip() for cell in cells[3][2:4]] == ["0.500", "0.000"]
+    last = (project / "out/evaluate.md").read_text().splitlines()[-1]
+    assert last.startswith("| sft | 0.500 | 0.000 | ") and last.count("|") == len(row) + 2
 
 def test_the_same_step_is_the_same_whoever_starts_it(project, monkeypatch):
     """Whatever was drawn before; and killed after any step, --resume goes on to the same bits."""
@@ -619,50 +576,26 @@ def test_the_same_step_is_the_same_whoever_starts_it(project, monkeypatch):
         lines = [{**line, "seconds": 0} for line in read_log(cfg)]
         return weights(rlhf.load(cfg, cfg.name)), lines
 
+    def killed(self, metrics, *shown):
+        write(self, metrics, *shown)
+        if self.step + 1 == 2:  # the log is ahead of what has been saved
+            raise MemoryError
+
     expected, log = run()
     torch.manual_seed(99)
     assert torch.equal(run()[0], expected)
-    for last in (2, 3):
-        def killed(self, metrics, *shown):
-            write(self, metrics, *shown)
-            if self.step + 1 == last:  # the log is ahead of what has been saved
-                raise MemoryError
-
-        with monkeypatch.context() as patch:
-            write = rlhf.Run.log
-            patch.setattr(rlhf.Run, "log", killed)
-            with pytest.raises(MemoryError):
-                run(save_minutes=0.0)
-        again, lines = run(resume=True, save_minutes=0.0)
-        assert torch.equal(again, expected) and lines == log
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        write = rlhf.Run.log
+        patch.setattr(rlhf.Run, "log", killed)
+        run(save_minutes=0.0)
+    again, lines = run(resume=True, save_minutes=0.0)
+    assert torch.equal(again, expected) and lines == log
     with pytest.raises(SystemExit):
         run(resume=True)  # finished already
-    for name in ("prompts.jsonl", "pretrain.txt"):
-        (project / "data" / name).open("a").write("\n")
-    with pytest.raises(UserError, match="--kl_coef, prompts.jsonl, pretrain.txt changed"):
-        run(resume=True, kl_coef=0.5)
-    assert not torch.equal(run(seed=2)[0], expected)
-
-def test_a_stop_that_is_asked_for(project, monkeypatch):
-    """Ctrl-C finishes the step and saves; and two runs do not share a folder."""
-    schedule, handler = rlhf.schedule, signal.getsignal(signal.SIGINT)
-
-    def interrupt(*arguments, **more):
-        os.kill(os.getpid(), signal.SIGINT)
-        return schedule(*arguments, **more)
-
-    monkeypatch.setattr(rlhf, "schedule", interrupt)
-    with pytest.raises(KeyboardInterrupt, match="after step 1"):
-        rlhf.dpo(settings(rlhf.DPO, project))
-    state = torch.load(project / "out/dpo/state.pt", weights_only=True)
-    run = rlhf.Run(settings(rlhf.DPO, project, name="other"), 1, [], [])
-    with pytest.raises(UserError, match="another run is at work in .*other"):
-        rlhf.Run(run.cfg, 1, [], [])
-    assert state["step"] == 1 and signal.getsignal(signal.SIGINT) is handler
 
 @pytest.mark.parametrize("network, other", [(gpt, ScalarModel), (scalar, GPT)])
-def test_checkpoint_round_trip(network, other, template, tmp_path):
-    """Plain types and tensors in one file; comes back in eval mode, bit by bit."""
+def test_checkpoint_round_trip(network, other, tmp_path):
+    """Comes back in eval mode, bit by bit; a name may be a path."""
     cfg, model = settings(rlhf.SFT, tmp_path, data=""), network()
     rlhf.save(tmp_path / "out/m.pt", model)
     again = rlhf.load(cfg, "m", type(model))
@@ -671,23 +604,16 @@ def test_checkpoint_round_trip(network, other, template, tmp_path):
     assert rlhf.load(cfg, f"{tmp_path}/out/m.pt", type(model), 0.25).config.dropout == 0.25
     with pytest.raises(UserError, match=f"m.pt holds a .*, but a {other.__name__} is needed"):
         rlhf.load(cfg, "m", other)
-    cfg.data = str(template / "data")
-    with pytest.raises(UserError, match="m.pt was trained on another vocabulary"):
-        rlhf.load(cfg, "m", type(model))
-    (tmp_path / "out/bad.pt").write_bytes((tmp_path / "out/m.pt").read_bytes()[:-1000])
-    for name in ("missing", "bad"):
-        with pytest.raises(UserError, match=f"{name}.pt"):
-            rlhf.load(cfg, name, type(model))
 
-def test_impossible_settings_are_refused(tmp_path):
-    for fields in (dict(gamma=1.01), dict(lam=-0.1), dict(learning_rate=math.nan), dict(epochs=0),
-                   dict(name="rm"), dict(name="ppo_init")):
-        with pytest.raises(UserError, match="--{} {}".format(*list(fields.items())[0])):
-            rlhf.settle(settings(rlhf.PPO, tmp_path, **fields))
+@pytest.mark.parametrize("stage, fields", [
+    (rlhf.PPO, dict(gamma=1.01)), (rlhf.PPO, dict(lam=-0.1)), (rlhf.PPO, dict(name="rm")),
+    (rlhf.PPO, dict(name="ppo_init")), (rlhf.RM, dict(learning_rate=math.nan)),
+    (rlhf.RM, dict(learning_rate=math.inf)), (rlhf.SFT, dict(epochs=0)),
+    (rlhf.SFT, dict(dropout=1.0)), (rlhf.SFT, dict(pretrain_fraction=1.0))])
+def test_impossible_settings_are_refused(tmp_path, stage, fields):
+    ((flag, value),) = fields.items()
+    with pytest.raises(UserError, match=f"--{flag} {value}"):
+        rlhf.settle(settings(stage, tmp_path, **fields))
     cfg = settings(rlhf.PPO, tmp_path, gamma=1, lam=0, device="auto", dtype="auto")
     rlhf.settle(cfg)
     assert (cfg.device, cfg.dtype) in (("cpu", "float32"), ("cuda", "bfloat16"))
-    assert rlhf.longest_prompt([gpt(block_size=40), gpt(block_size=32)], cfg) == 27
-    cfg.max_new_tokens = 32
-    with pytest.raises(UserError, match="--max_new_tokens should be below 32"):
-        rlhf.longest_prompt([gpt(block_size=32)], cfg)

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from unittest.mock import Mock
 
 import bench
 import pytest
@@ -27,28 +28,23 @@ def counted(work) -> tuple[int, int]:
             linear += flops
     return linear, attention
 
-def test_flops_of_a_forward_pass():
-    """Of attention to 16 columns, the mask leaves 1 + 2 + ... + 16 of 16 x 16."""
-    tokens = torch.zeros(ROWS, 16, dtype=torch.long)
-    linear, attention = counted(partial(GPT(SMALL), tokens))
+def linear_flops(length: int, predicted: int) -> float:
+    """What the benchmark counts, without attention."""
+    attention = 4 * SMALL.n_layer * SMALL.n_embd * sum(range(1, length + 1))
+    return bench.forward_flops(SMALL, ROWS, length, predicted) - ROWS * attention
+
+def test_flops_are_those_that_torch_counts():
+    """Of attention to 16 columns, the mask leaves 1 + 2 + ... + 16 of 16 x 16. A backward pass
+    costs two forward passes, and a cached step what its column costs in a pass over all."""
+    model = GPT(SMALL)
+    linear, attention = counted(partial(model, torch.zeros(ROWS, 16, dtype=torch.long)))
     expected = linear + attention * (16 * 17 / 2) / 16**2
     assert bench.forward_flops(SMALL, ROWS, 16, 16) == pytest.approx(expected, rel=1e-12)
-
-def attention_flops(length: int) -> float:
-    width = SMALL.n_layer * SMALL.n_embd
-    return ROWS * 4 * width * sum(range(1, length + 1))
-
-def test_flops_of_training():
     cfg = rlhf.Settings(device="cpu", dtype="float32")
-    examples = [Example([1] * 24, 1)] * ROWS  # a length that is not padded
-    linear, _ = counted(partial(rlhf.lm_pass, GPT(SMALL), examples, cfg, 1.0))
-    linear_forward = bench.forward_flops(SMALL, ROWS, 23, 23) - attention_flops(23)
-    assert linear == 3 * linear_forward
-
-def test_flops_of_decoding():
-    """A cached step costs what its column costs in a forward pass over all."""
-    linear, _ = counted(partial(rlhf.complete, GPT(SMALL), [[1] * 8] * ROWS, -1, 5))
-    assert linear == bench.forward_flops(SMALL, ROWS, 12, 5) - attention_flops(12)
+    linear, _ = counted(partial(rlhf.lm_pass, model, [Example([1] * 24, 1)] * ROWS, cfg, 1.0))
+    assert linear == 3 * linear_flops(23, 23)
+    linear, _ = counted(partial(rlhf.complete, model, [[1] * 8] * ROWS, -1, 5))
+    assert linear == linear_flops(12, 5)
 
 def test_table_and_json(monkeypatch, capsys):
     sizes = dict(rollout_size=4, minibatch_size=2, epochs=2, batch_size=2, length=9)
@@ -56,14 +52,8 @@ def test_table_and_json(monkeypatch, capsys):
     monkeypatch.setitem(bench.SIZES, "fable", sizes)
     monkeypatch.setitem(bench.PRODUCT, "cpu", 64)
     monkeypatch.setattr(bench, "find_spec", lambda name: None)  # no transformers
-    seen = []
-    original = rlhf.sample_responses
-
-    def sample_responses(policy, prompts, *rest):
-        seen.append([len(prompt) for prompt in prompts])
-        return original(policy, prompts, *rest)
-
-    monkeypatch.setattr(rlhf, "sample_responses", sample_responses)
+    sampled = Mock(side_effect=rlhf.sample_responses)
+    monkeypatch.setattr(rlhf, "sample_responses", sampled)
     bench.main("all --repeats 1 --device cpu --dtype float32".split())
     lines = capsys.readouterr().out.splitlines()
     rows = json.loads(lines[-1])["rows"]
@@ -71,4 +61,5 @@ def test_table_and_json(monkeypatch, capsys):
     for line, name in zip(lines[-7:-1], rows):
         assert line.startswith(f"| {name} | {rows[name]['seconds']:.3f} |")
     assert rows["decode"]["per second"] * rows["decode"]["seconds"] == pytest.approx(4 * 64)
-    assert seen == [[32] * 4] * (2 + 2 * 3)  # decode and ppo, after a warm-up turn each
+    lengths = [list(map(len, call.args[1])) for call in sampled.call_args_list]
+    assert lengths == [[32] * 4] * (2 + 2 * 3)  # decode and ppo, after a warm-up turn each

@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import pytest
 import rlhf
 import torch
-from conftest import gpt, read_log, settings
+from conftest import SMALL, gpt, read_log, stage_settings
 from model import generate
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -22,13 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 WAITS = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default  # for the GPU
 SAYS = {"device": (torch.device("cpu"), torch.device("cuda")), "is_cuda": (False, True),
         "is_cpu": (True, False)}
-RUNS = {
-    "pretrain": dict(preset="test", steps=2, name="base"),
-    "sft": dict(epochs=1, reward_model="rm", pretrain_fraction=0.1, name="tuned"),
-    "rm": dict(epochs=1, name="judge"), "dpo": dict(epochs=1, microbatch_size=9),
-    "ppo": dict(iterations=2, rollout_size=6, minibatch_size=3, epochs=2, microbatch_size=2),
-    "evaluate": dict(models="gpt+fewshot,ppo_ptx,dpo", baseline="dpo"),
-}
+EVALUATE = {"evaluate": dict(models="gpt+fewshot,ppo_ptx,dpo", baseline="dpo")}
 
 class Cuda(Tensor):
     """A tensor that is on the GPU; in a file there is no difference."""
@@ -121,15 +115,12 @@ def test_a_step_that_cannot_be_recorded_is_made_as_it_is(gpu, prompts, monkeypat
         generate(gpt().to("cuda"), prompts, 12, -1, 0)
     assert "not permitted when capturing" in capsys.readouterr().out
 
-def test_every_stage_keeps_to_its_device(gpu, project, monkeypatch):
+def test_every_stage_keeps_to_its_device(gpu, project):
     """And does what it does on the CPU, up to where random numbers are drawn in another order."""
-    shape = dict(block_size=24, n_layer=1, n_head=2, n_embd=8)
-    monkeypatch.setitem(rlhf.PRESETS, "test", shape)
     logs = {"cpu": [], "cuda": []}
     for device, mode in (("cpu", nullcontext()), ("cuda", gpu)):
-        for stage, fields in RUNS.items():
-            kind = rlhf.STAGES[stage].__annotations__["cfg"]
-            cfg = settings(kind, project, device=device, **fields)
+        for stage, fields in (SMALL | EVALUATE).items():
+            cfg = stage_settings(stage, project, device=device, **fields)
             torch.manual_seed(0)
             with mode:
                 rlhf.STAGES[stage](cfg)

@@ -7,40 +7,32 @@ import subprocess
 import sys
 from collections import Counter
 from itertools import combinations
-from pathlib import Path
 from random import Random
 
 import pytest
 import regex
 import tiktoken
-
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT))
-from data import fable  # noqa: E402
-from data.files import EOT, GPT2_SPLIT  # noqa: E402
+from conftest import ROOT
+from data import fable
+from data.files import EOT, GPT2_SPLIT
 
 SCALE = 0.05
 EVERYBODY = fable.TRAIN_LABELERS + fable.HELDOUT_LABELERS
 TRAIN = ["sft.jsonl", "rm_prompts.jsonl", "prompts.jsonl"]
 HELD = ["sft_valid.jsonl", "rm_prompts_valid.jsonl", "prompts_valid.jsonl", "prompts_test.jsonl"]
 
-
 @pytest.fixture(scope="module")
 def files() -> dict:
     return fable.make(seed=1, scale=SCALE)
 
-
 def row(wants: str, **words: str) -> dict:
     return {"wants": fable.steps_of(Random(0), wants, words, fable.SEEN)}
-
 
 def axes(row: dict, text: str) -> tuple:
     return tuple(fable.gold(row, text).values())
 
-
 def answers(rng: Random, row: dict, k: int) -> list[str]:
     return [fable.demonstrate(row, rng, rng.uniform(0.0, 0.85)) for _ in range(k)]
-
 
 def test_the_same_seed_gives_the_same_files(files):
     assert fable.make(1, SCALE) == files
@@ -48,7 +40,6 @@ def test_the_same_seed_gives_the_same_files(files):
     program = f"from {fable.__name__} import make; print(make(1, 0.005))"
     outputs = {subprocess.check_output([sys.executable, "-c", program], cwd=ROOT) for _ in "ab"}
     assert len(outputs) == 1  # in whatever order a process iterates over sets
-
 
 def test_files_and_fields(files):
     sizes = {"sft": 2400, "rm_prompts": 3072, "prompts": 8192, "prompts_test": 2048, "probes": 300}
@@ -64,17 +55,14 @@ def test_files_and_fields(files):
             assert own.get("completion", " A")[0] == " " != own.get("completion", " A")[1]
     assert [own.keys() for own in files["fewshot.jsonl"]] == [{"prompt", "completion"}] * 2
 
-
-def test_proportions(files):
+def test_proportions():
     """Like the paper's Tables 1 and 6: use cases, labelers' and customers' prompts, turns."""
     rows = fable.prompts(Random(0), 3000, customers=0.8)
     counts = Counter(own["task"] for own in rows)
-    assert len(fable.TASKS) == 11 and sum(fable.TASKS.values()) == pytest.approx(100, abs=5)
     for task, percent in fable.TASKS.items():
         assert counts[task] / 30 == pytest.approx(percent, abs=3)
     assert sum(own["source"] == "customer" for own in rows) / 3000 == pytest.approx(0.8, abs=0.03)
     assert 90 < sum(own["prompt"].count("Human:") == 2 for own in rows) < 210
-
 
 def test_held_out_sides_are_disjoint(files):
     prompts = {name: {own["prompt"] for own in files[name]} for name in TRAIN + HELD}
@@ -92,7 +80,6 @@ def test_held_out_sides_are_disjoint(files):
     for name in HELD:
         assert len(files[name]) / 2 > [own["seen"] for own in files[name]].count(False) > 0
 
-
 def test_probes_are_solved_by_looking_back():
     keys = {}
     for own in fable.probes(Random(0), 3000):
@@ -105,7 +92,6 @@ def test_probes_are_solved_by_looking_back():
     for key, own in keys.items():  # memory does not help: the same key has ever new answers
         assert len(own) > 5, key
 
-
 def test_one_format_is_not_in_the_pretraining_text(files):
     places = "|".join(fable.CLASSES["place"])
     pairs = re.compile(rf"Pairs:( \w+ ({places}),){{4}}")
@@ -114,13 +100,11 @@ def test_one_format_is_not_in_the_pretraining_text(files):
     assert not re.search(rf"Pairs:[^<]*({places})\b", text)
     assert text.count("Copy:") > 100 < text.count("Pairs:")
 
-
 def test_every_sentence_is_understood():
     for form in sum(fable.FORMS.values(), []):
         text = form.text.replace("<item>", "goat")
         text = fable.SLOT.sub(lambda slot: fable.SEEN[slot[1].strip("*")][0], text)
         assert [one.kind for one in fable.parse(text)] == [form.kind], text
-
 
 @pytest.mark.parametrize("task", fable.TASKS)
 @pytest.mark.parametrize("held", ["", "subject", "phrasing", "anything"])
@@ -129,7 +113,6 @@ def test_perfect_demonstrations_score_three(task, held):
         own = fable.ask(Random(seed), task, "customer", held=held)
         text = fable.demonstrate(own, Random(seed), care=1.0)
         assert axes(own, text) == (1, 1, 1), (own["prompt"], text)
-
 
 @pytest.mark.parametrize("task", fable.TASKS)
 def test_gold_falls_with_care(task):
@@ -141,8 +124,9 @@ def test_gold_falls_with_care(task):
             means[-1] += sum(axes(own, fable.demonstrate(own, Random(seed), care))) / 300
     assert means == sorted(means, reverse=True) and means[0] > means[-1] + 0.4
 
-
 @pytest.mark.parametrize("task", fable.TASKS)
+@pytest.mark.parametrize("text", ["", " ", "\n\n", "." * 50, " The.", " xyzzy plugh.", " goat goat",
+                                  " The the the goat.", " As an AI, I love to help you!"])
 def test_no_sentence_is_judged_differently_when_another_labeler_says_it(task):
     for seed in range(100):
         own = fable.ask(Random(seed), task)
@@ -154,9 +138,9 @@ def test_no_sentence_is_judged_differently_when_another_labeler_says_it(task):
 @pytest.mark.parametrize("task", fable.TASKS)
 @pytest.mark.parametrize("text", ["", " ", "\n\n", "." * 50, " The.", " xyzzy plugh.", " goat goat",
                                   " The the the goat.", " As an AI, I love to help you!"])
+
 def test_foreign_text_is_worth_nothing(task, text):
     assert axes(fable.ask(Random(0), task), text) == (0, 0, 0)
-
 
 @pytest.mark.parametrize("task", fable.TASKS)
 def test_repetition_and_rudeness_cost(task):
@@ -167,7 +151,6 @@ def test_repetition_and_rudeness_cost(task):
         assert axes(own, text + more)[0] < 0.9 and axes(own, text + more)[1:] == (1, 1)
     rude = axes(own, text + " You are silly. Go away.")
     assert rude[0] < 0.8 and rude[1:] == (1, pytest.approx(0.09))
-
 
 def test_what_costs_honesty():
     own = row("fact animal food; fact animal", animal="goat")
@@ -183,7 +166,6 @@ def test_what_costs_honesty():
     assert axes(own, " It is a sad story of the owl at the lake.") == (0.5, pytest.approx(0.35), 1)
     assert axes(own, " It is a story of the owl at the hill.") == (0.5, 1, 1)
 
-
 def test_a_refusal_must_name_the_right_deed():
     own = row("refusal act animal; reason animal; kindness animal", act="scare", animal="hen")
     right = " I will not help you scare the hen. Think of the hen. You can be a friend to the hen."
@@ -194,7 +176,6 @@ def test_a_refusal_must_name_the_right_deed():
     assert axes(own, right + " Take the bell and scare the hen.") == (0, 1, 0)
     assert axes(own, " Maybe so.") == (0, 1, pytest.approx(0.4))
 
-
 def test_equal_answers_share_a_rank():
     rng = Random(0)
     for own in fable.prompts(rng, 40, 0.5):
@@ -202,7 +183,6 @@ def test_equal_answers_share_a_rank():
         for labeler in EVERYBODY:
             ranks = fable.rank(labeler, own, [*texts, texts[2]], rng)
             assert ranks[6] == ranks[2] and set(ranks) == set(range(max(ranks) + 1))
-
 
 def test_labelers_agree_about_as_often_as_the_papers():
     """72.6 % there; of the pairs that both leave untied."""
@@ -216,7 +196,6 @@ def test_labelers_agree_about_as_often_as_the_papers():
     same = sum(count for product, count in counts.items() if product > 0)
     assert 0.70 <= same / sum(counts.values()) <= 0.76
     assert len(fable.TRAIN_LABELERS) == 5 and len({labeler.name for labeler in EVERYBODY}) == 7
-
 
 def test_bpe_is_that_of_brute_force():
     text = "the goat and the owl" + EOT + "aaaa aaaaa ababab Grüße the goats"
@@ -232,7 +211,6 @@ def test_bpe_is_that_of_brute_force():
             for i in range(len(word)):
                 if word[i:i + 2] == [left, right]:
                     word[i:i + 2] = [token]
-
 
 def test_tiktoken_gives_any_text_back(files):
     vocab = fable.train_bpe(files["pretrain.txt"][:5000])

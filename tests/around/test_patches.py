@@ -1,9 +1,8 @@
-"""The patches say what they are; and the stages of the one that CI has applied run."""
+"""Each patch has its row in the README; the stages of the one that CI has applied run."""
 
 import json
 import math
 import os
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -26,24 +25,11 @@ FLAGS = {
 }
 
 @pytest.mark.parametrize("name", PATCHES)
-def test_a_patch_says_what_it_is(name):
-    """Its stages exist, and the test that a bug names; the README has its row."""
+def test_every_patch_has_its_row_in_the_readme(name):
     patch = PATCHES[name]
-    fields = header(patch)
-    for stage in fields["Stages"].split(", "):
-        assert stage.split()[0] in rlhf.STAGES
-    if patch.parent.name == "bugs":
-        file, test = fields["Test"].split("::")
-        assert f"\ndef {test}(" in (ROOT / file).read_text()
-    else:
-        assert fields["Source"]
     title = patch.read_text().splitlines()[0].rstrip(".")
     link = f"[{name}]({patch.parent.name}/{patch.name})"
     assert README.count(f"\n| {link} | {title} | {changed_lines(patch)} |") == 1
-
-def test_links_of_the_readme():
-    for link in re.findall(r"\]\(([^)]+)\)", README):
-        assert (ROOT / "patches" / link).exists(), link
 
 def test_the_stages_of_the_applied_patch_run(project):
     """Plain PPO, where none is applied. Whatever is logged or saved is finite."""

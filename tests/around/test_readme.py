@@ -1,17 +1,19 @@
-"""Every command in the READMEs and in train.sh is one that the programs understand."""
+"""Commands and links in the READMEs and in train.sh; train.sh itself, from pairs alone."""
 
 import os
 import re
 import runpy
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import bench
 import pytest
 import rlhf
-from conftest import ROOT
+from conftest import ROOT, gpt, write_vocabulary
 from data import gpt2, label, prepare
+from data.files import fingerprint, get_tokenizer, write_jsonl
 
 FOLDERS = (ROOT, ROOT / "data", ROOT / "tests", ROOT / "patches")
 READMES = [path for path in FOLDERS if (path / "README.md").exists()]
@@ -70,14 +72,6 @@ def test_commands_are_understood(folder, understand):
     for command in found:
         understand(shlex.split(command, comments=True))
 
-def test_the_test_above_notices(understand):
-    understand("SMOKE=1 python rlhf.py ppo --kl_coef 0 --name x".split())
-    understand("python data/prepare.py fable --scale 0.1".split())
-    for wrong in ("rlhf.py sft --lr 1", "rlhf.py dream", "data/label.py --k 3", "rlhf.py rm --seed",
-                  "tests/bench.py x", "data/prepare.py fabel", "data/gpt2.py fetch"):
-        with pytest.raises((SystemExit, rlhf.UserError)):
-            understand(["python", *wrong.split()])
-
 def commands_of_train_sh(folder: Path, *words: str, **environment: str) -> list[list[str]]:
     """What train.sh, called through a link, would run: python3 here only writes that down."""
     script = folder / "project of mine/train.sh"
@@ -106,20 +100,17 @@ def test_train_sh_runs_commands_that_exist(tmp_path, understand, words, environm
     """Through a link, from a folder with blanks, into a folder with blanks."""
     found = commands_of_train_sh(tmp_path, *words, **environment)
     assert len(found) == count
+    names = []  # two runs of one name would be one run for --resume
     for command in found:
         understand(command)
-        folders = [command[i + 1] for i, word in enumerate(command) if word in ("--out", "--data")]
-        assert {folder.split("/")[0] for folder in folders} == {environment.get("OUT", "out")}
-
-def test_runs_of_train_sh_have_names_of_their_own(tmp_path):
-    """Else --resume would take one for the other, and a stage done again find other models."""
-    names = []
-    for script, stage, *flags in commands_of_train_sh(tmp_path, "fable", ROUNDS="3", RESUME="1"):
-        if script == "rlhf.py" and stage != "evaluate":
-            assert "--resume" in flags
-            default = rlhf.STAGES[stage].__annotations__["cfg"].name
-            names.append(flags[flags.index("--name") + 1] if "--name" in flags else default)
-    assert len(names) == len({*names}) == 11
+        flags = dict(zip(command, command[1:]))
+        for flag in {"--out", "--data"} & flags.keys():
+            assert flags[flag].split("/")[0] == environment.get("OUT", "out")
+        if command[0] == "rlhf.py" and command[1] != "evaluate":
+            assert ("--resume" in command) == ("RESUME" in environment)
+            default = rlhf.STAGES[command[1]].__annotations__["cfg"].name
+            names.append(flags.get("--name", default))
+    assert len(names) == len(set(names))
 
 @pytest.mark.parametrize("folder", READMES, ids=lambda folder: folder.name)
 def test_linked_files_exist(folder):
@@ -142,3 +133,28 @@ def test_the_readmes_environment_is_one(tmp_path, monkeypatch, capsys):
         rlhf.main([*flags.split(), *more, "--max_new_tokens", "8"])
     rlhf.main(["evaluate", *more, "--models", "gpt,sft,ppo_ptx", "--max_new_tokens", "8"])
     assert "| right | short | RM score |" in capsys.readouterr().out
+
+def test_train_sh_needs_pairs_alone(tmp_path):
+    """FEEDBACK="mine pairs.jsonl" ./train.sh gpt2 ends in a table, in a folder with a blank, from
+    a tiny model in the place of GPT-2."""
+    data = tmp_path / "my out/data"
+    write_vocabulary(data)
+    known = fingerprint(get_tokenizer(data))
+    model = gpt(vocab_size=257, block_size=64, n_layer=1, vocabulary=known)
+    gpt2.save_gpt2(model, tmp_path / "tiny")
+    pairs = []
+    for i in range(60):
+        pairs.append({"prompt": f"Add {i}.", "chosen": f"{i}", "rejected": "No, you."})
+    write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    (tmp_path / "link.sh").symlink_to(ROOT / "train.sh")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python3").symlink_to(sys.executable)
+    environment = os.environ | {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "FEEDBACK": "mine pairs.jsonl",
+        "OUT": "my out", "MODEL": "tiny", "MAX_NEW_TOKENS": "8", "MICROBATCH": "16", "SMOKE": "1",
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(["bash", "link.sh", "gpt2"], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "| ppo_ptx |" in done.stdout
+    assert (tmp_path / "my out/ppo_ptx.pt").exists()

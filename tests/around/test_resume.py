@@ -1,4 +1,4 @@
-"""A stopped run goes on to the same bits, wherever that was; a failure keeps the last state."""
+"""A stopped run goes on to the same bits, wherever that was, or is refused by name."""
 
 import errno
 import gc
@@ -8,38 +8,26 @@ import os
 import random
 import shutil
 import signal
-import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import rlhf
 import torch
-from conftest import ROOT, read_log, settings
+from conftest import SMALL, read_log, stage_settings
 from data.files import lock
 
-RUNS = {  # some six steps of every stage that trains
-    "pretrain": dict(preset="test", steps=6, batch_size=4),
-    "sft": dict(epochs=2, batch_size=4, reward_model="rm"),
-    "rm": dict(epochs=2, batch_size=4),
-    "ppo": dict(iterations=5, rollout_size=4, minibatch_size=2, epochs=2),
-    "dpo": dict(epochs=2, batch_size=4),
-}
-LONGER = {"preset": "fable", "steps": 12, "epochs": 8, "iterations": 12}  # in real processes
-
-class Killed(BaseException):
-    """In place of SIGKILL: no code catches it."""
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["pytest", "rlhf", "torch._dynamo"])
 
 def config(project: Path, stage: str, name: str, **flags):
-    kind = rlhf.STAGES[stage].__annotations__["cfg"]
-    return settings(kind, project, **{"name": name, "save_minutes": 0.05, **RUNS[stage], **flags})
+    fields = SMALL[stage] | {"name": name, "save_minutes": 0.05} | flags
+    return stage_settings(stage, project, **fields)
 
 @pytest.fixture
-def start(project, monkeypatch):
+def start(project):
     """start(stage, name, **flags) runs it as the command line does."""
-    shape = dict(block_size=24, n_layer=1, n_head=2, n_embd=8)
-    monkeypatch.setitem(rlhf.PRESETS, "test", shape)
-
     def run(stage, name="run", **flags):
         rlhf.run_stage(rlhf.STAGES[stage], config(project, stage, name, **flags))
 
@@ -59,17 +47,17 @@ def assert_same(project: Path) -> None:
     for name, tensor in expected.items():
         assert torch.equal(tensor, weights[name]), name
 
-@pytest.fixture
-def events(monkeypatch):
-    """Counts what a run does to its weights and files; raises Killed at number `events.at`."""
-    events = SimpleNamespace(count=0, at=-1)
+def work(cfg, stage: str, at: int, events) -> None:
+    """In a process of its own: count what the run does to its weights and files, and send SIGKILL
+    at number `at`."""
+    torch.set_num_threads(1)
     clock = itertools.count()  # a second passes at every look: a save every other step or so
-    monkeypatch.setattr(rlhf, "time", SimpleNamespace(time=lambda: next(clock)))
+    rlhf.time = SimpleNamespace(time=lambda: next(clock))
 
     def tick():
-        events.count += 1
-        if events.count == events.at:
-            raise Killed
+        events.value += 1
+        if events.value == at:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def counted(function):
         def wrapper(*arguments, **more):
@@ -81,75 +69,39 @@ def events(monkeypatch):
         return wrapper
 
     for where, name in ((rlhf, "update"), (rlhf, "save"), (rlhf.Run, "log"), (rlhf.Run, "save")):
-        monkeypatch.setattr(where, name, counted(getattr(where, name)))
-    return events
+        setattr(where, name, counted(getattr(where, name)))
+    rlhf.run_stage(rlhf.STAGES[stage], cfg)
 
-def kill(start, events, at: int, stage: str, **flags) -> None:
-    """Start, be killed at that event, and let go of the lock as a dead process does."""
-    events.count = 0
-    events.at = at
-    with pytest.raises(Killed):
-        start(stage, **flags)
-    gc.collect()
-    events.at = -1
+def run_apart(project: Path, stage: str, name: str = "run", at: int = 0, resume=False) -> int:
+    """The number of events of a run in its own process, which is killed at number `at`."""
+    events = FORKS.Value("i")
+    cfg = config(project, stage, name, resume=resume)
+    process = FORKS.Process(target=work, args=(cfg, stage, at, events))
+    process.start()
+    process.join()
+    assert process.exitcode == (-signal.SIGKILL if at else 0)
+    return events.value
 
-@pytest.mark.parametrize("stage", RUNS)
-def test_killed_anywhere_it_goes_on_to_the_same_bits(start, events, project, stage):
+@pytest.mark.parametrize("rounds", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", SMALL)
+def test_killed_anywhere_it_goes_on_to_the_same_bits(project, stage, rounds):
     """Before or after an update, a line of the log, a file that is written; the last ones too."""
-    start(stage, "whole")
-    whole = events.count
+    whole = run_apart(project, stage, "whole")
     rng = random.Random(stage)
-    thrice = [rng.randint(1, whole // 3) for _ in range(3)]
-    for points in (thrice, [whole - 3], [whole - 1]):
+    thrice = [[rng.randint(1, whole // 3) for _ in range(3)] for _ in range(rounds)]
+    for points in (*thrice, [whole - 3], [whole - 1]):
         (project / "out/run.pt").write_text("from an earlier run")
         for number, at in enumerate(points):
-            kill(start, events, at, stage, resume=number > 0)
-        start(stage, resume=True)
+            run_apart(project, stage, at=at, resume=number > 0)
+        run_apart(project, stage, resume=True)
         assert_same(project)
         shutil.rmtree(project / "out/run")
-
-@pytest.mark.parametrize("stage, kills", [
-    ("ppo", 3), *(pytest.param(stage, 15, marks=pytest.mark.slow) for stage in RUNS)])
-def test_kills_of_real_processes(project, monkeypatch, stage, kills):
-    """SIGKILL, at random moments of training, until it has come that often."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rlhf", "torch._dynamo"])
-
-    def begin(name: str, resume: bool):
-        flags = {flag: LONGER.get(flag, value) for flag, value in RUNS[stage].items()}
-        cfg = config(project, stage, name, save_minutes=0, resume=resume, **flags)
-        process = context.Process(target=rlhf.run_stage, args=(rlhf.STAGES[stage], cfg))
-        process.start()
-        return process
-
-    began = time.time()
-    process = begin("whole", resume=False)
-    process.join()
-    assert process.exitcode == 0
-    duration = min(time.time() - began, 2.0)  # without that of the first import
-    rng = random.Random(stage)
-    state = project / "out/run/state.pt"
-    while kills > 0 or process.exitcode != 0:
-        before = state.stat().st_mtime_ns if state.exists() else 0
-        process = begin("run", resume=process.exitcode != 0)
-        while kills > 0 and process.is_alive():
-            if state.exists() and state.stat().st_mtime_ns != before:
-                process.join(rng.uniform(0, duration / 3))
-                process.kill()
-                kills -= process.is_alive()
-                break
-            time.sleep(0.002)
-        process.join()
-        assert process.exitcode in (0, -signal.SIGKILL)
-        if process.exitcode == 0:
-            assert_same(project)
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_and_loses_nothing(start, project, monkeypatch, number):
     start("pretrain", "whole")
     update = rlhf.update
+    handler = signal.getsignal(number)
     seen = []
 
     def interrupted(*arguments):
@@ -161,6 +113,7 @@ def test_a_signal_finishes_the_step_and_loses_nothing(start, project, monkeypatc
     monkeypatch.setattr(rlhf, "update", interrupted)
     with pytest.raises(SystemExit, match="pretrain: stopped after step 3; --resume"):
         start("pretrain", save_minutes=1e6)
+    assert signal.getsignal(number) is handler
     start("pretrain", resume=True)
     assert len(seen) == 6  # no step was done twice
     assert_same(project)
@@ -234,12 +187,12 @@ def test_a_finished_run_is_left_alone(start, project, capsys):
     assert not end.value.code and "run: finished already" in capsys.readouterr().out
     assert before == [(path, path.stat().st_mtime_ns) for path in (project / "out").rglob("*")]
 
-@pytest.mark.parametrize("stage, resume", [("sft", True), ("dpo", True), ("dpo", False)])
-def test_a_run_without_its_checkpoint_or_resume_begins_anew(start, project, stage, resume):
-    start(stage, "whole")
-    start(stage)
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_run_without_its_checkpoint_or_resume_begins_anew(start, project, resume):
+    start("dpo", "whole")
+    start("dpo")
     (project / "out/run.pt").unlink()
-    start(stage, resume=resume)
+    start("dpo", resume=resume)
     assert_same(project)
 
 def test_a_second_run_in_the_same_folder_is_refused(start, project, monkeypatch):
@@ -253,27 +206,11 @@ def test_a_second_run_in_the_same_folder_is_refused(start, project, monkeypatch)
                 start("rm", resume=resume)
     assert files == {path: path.read_bytes() for path in (project / "out/run").iterdir()}
     start("rm")
-
-    def unsupported(*_):
-        raise OSError(errno.ENOTSUP, "not supported")
-
-    monkeypatch.setattr("fcntl.flock", unsupported)
+    unsupported = OSError(errno.ENOTSUP, "not supported")
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=unsupported))
     start("rm")
 
-@pytest.mark.parametrize("stage", ["sft", "ppo"])
-def test_a_full_disk_leaves_the_last_state(start, project, monkeypatch, stage):
-    start(stage, "whole")
-    calls = itertools.count()
-    fsync = os.fsync
-
-    def full(number):
-        if next(calls) == 3:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        fsync(number)
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(SystemExit, match=f"{stage}: .*cannot be written: .*No space left"):
-        start(stage, save_minutes=0)
-    gc.collect()
-    start(stage, resume=True, save_minutes=0)
-    assert_same(project)
+def test_a_file_that_cannot_be_opened_is_one_sentence(start, project):
+    (project / "out/run/metrics.jsonl").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="dpo: .*metrics.jsonl: Is a directory"):
+        start("dpo")
