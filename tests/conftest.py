@@ -72,15 +72,13 @@ def prompts() -> list[list[int]]:
 
 # ---- data --------------------------------------------------------------------------------------
 
-def write_vocabulary(folder: Path, words=()) -> Path:
-    """Single bytes, and the words with all of their beginnings, so that none is downloaded."""
-    tokens = [bytes([i]) for i in range(256)]
-    for word in words:
-        tokens += [word[:end].encode() for end in range(2, len(word) + 1)]
+BYTES = [bytes([i]) for i in range(256)]
+
+def write_vocabulary(folder: Path, tokens: list[bytes] = BYTES) -> Path:
+    """A folder with a tokenizer.tiktoken, so that none is downloaded."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "tokenizer.tiktoken", "wb") as file:
-        for i, token in enumerate(dict.fromkeys(tokens)):
-            file.write(base64.b64encode(token) + b" %d\n" % i)
+    lines = [f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens)]
+    (folder / "tokenizer.tiktoken").write_text("".join(lines))
     return folder
 
 def write_data(folder: Path) -> None:

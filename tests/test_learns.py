@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 import torch
-from conftest import settings, write_vocabulary
+from conftest import BYTES, settings, write_vocabulary
 
 import rlhf
 from data.files import EOT, decode, encode, get_tokenizer, write_jsonl
@@ -52,7 +52,10 @@ def world(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("things"), Random(0)
     data = folder / "data"
     words = (*WORDS, *KINDS, "bah", "Name", "things", "\n", "Human", "Assistant")
-    write_vocabulary(data, [space + word for word in words for space in ("", " ", "\n")])
+    tokens = {token: None for token in BYTES}  # and the words with all of their beginnings
+    for word in (space + word for word in words for space in ("", " ", "\n")):
+        tokens |= {word[:end].encode(): None for end in range(2, len(word) + 1)}
+    write_vocabulary(data, list(tokens))
     (data / "gold.py").write_text(GOLD)
     for name, count in (("pretrain", 3000), ("pretrain_valid", 100)):
         (data / f"{name}.txt").write_text(EOT.join(document(rng) for _ in range(count)))

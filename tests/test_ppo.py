@@ -332,7 +332,8 @@ def ppo_by_hand(cfg, sampled, records, documents):
     return log, ema, policy
 
 @pytest.mark.parametrize("fields", [
-    dict(ptx_coef=3.0, ptx_ratio=1.1, iterations=3), dict(microbatch_size=1),
+    dict(ptx_coef=3.0, ptx_ratio=1.1, iterations=3),
+    dict(microbatch_size=1, missing_eos_score=0.5),
     dict(microbatch_size=100, ptx_coef=0.0, epochs=3, gamma=0.9, lam=0.6, minibatch_size=2,
          cliprange=0.02, cliprange_value=0.03, learning_rate=0.02, value_learning_rate=0.05,
          kl_coef=0.5, missing_eos_score=-2.5, max_kl=1e9),
@@ -421,12 +422,12 @@ def test_a_rule_in_place_of_the_reward_model(project, tokenizer, monkeypatch):
     assert line["objective/raw_scores"] == pytest.approx(np.mean(lengths))
 
 def test_an_episode_is_shown_token_by_token(tokenizer):
-    x = tensor([[1.0, 2, 3]])
-    rollout = SimpleNamespace(examples=[Example([97, 98, 99, EOS], 2)], logprobs=x,
-        ref_logprobs=x / 2, rewards=x + 10, values=x + 20, advantages=x + 30)
-    _, first, last = rlhf.episode_table(tokenizer, rollout).splitlines()
-    assert first.split() == ["'c'", "2.00", "1.00", "1.00", "12.00", "22.00", "32.00"]
-    assert last.split()[1:] == ["3.00", "1.50", "1.50", "13.00", "23.00", "33.00"]
+    """Its first line is of the column where the first token of the response was chosen."""
+    columns = {"log pi": tensor([[1.0, 2, 3], [0, 0, 0]]), "value": tensor([[9.0, 7, 5], [0, 0, 0]])}
+    table = rlhf.episode_table(tokenizer, Example([97, 98, 99, EOS], 2), columns)
+    title, first, last = [line.split() for line in table.splitlines()]
+    assert title == ["token", "log", "pi", "value"]
+    assert first == ["'c'", "2.00", "7.00"] and last[1:] == ["3.00", "5.00"]
 
 def test_where_the_value_network_begins(project):
     """At the reward model, at --value_init, or at the policy."""

@@ -125,8 +125,6 @@ def test_gold_falls_with_care(task):
     assert means == sorted(means, reverse=True) and means[0] > means[-1] + 0.4
 
 @pytest.mark.parametrize("task", fable.TASKS)
-@pytest.mark.parametrize("text", ["", " ", "\n\n", "." * 50, " The.", " xyzzy plugh.", " goat goat",
-                                  " The the the goat.", " As an AI, I love to help you!"])
 def test_no_sentence_is_judged_differently_when_another_labeler_says_it(task):
     for seed in range(100):
         own = fable.ask(Random(seed), task)
@@ -134,11 +132,9 @@ def test_no_sentence_is_judged_differently_when_another_labeler_says_it(task):
         texts = {" ".join(fable.say(Random(labeler), steps)) for labeler in range(5)}
         assert len({axes(own, text) for text in texts}) == 1, (own["prompt"], texts)
 
-
 @pytest.mark.parametrize("task", fable.TASKS)
 @pytest.mark.parametrize("text", ["", " ", "\n\n", "." * 50, " The.", " xyzzy plugh.", " goat goat",
                                   " The the the goat.", " As an AI, I love to help you!"])
-
 def test_foreign_text_is_worth_nothing(task, text):
     assert axes(fable.ask(Random(0), task), text) == (0, 0, 0)
 

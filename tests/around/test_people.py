@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import rlhf
-from conftest import ROOT, gpt, scalar, write_vocabulary
+from conftest import BYTES, ROOT, gpt, scalar, write_vocabulary
 from data import files, label
 from data.files import read_jsonl, write_jsonl
 from model import ScalarModel
@@ -29,11 +29,11 @@ def prompts(count: int, **more) -> list[dict]:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A vocabulary of bytes and three merges, five prompts, two models and a reward model."""
-    write_vocabulary(tmp_path, ["in", "tion"])
+    write_vocabulary(tmp_path, [*BYTES, b"in", b"ti", b"tion"])
     for name in ("prompts", "prompts_valid", "rm_prompts", "rm_prompts_valid"):
         write_jsonl(tmp_path / f"{name}.jsonl", prompts(5))
     tokenizer = files.get_tokenizer(tmp_path)
-    shape = dict(vocab_size=260 + 1, vocabulary=files.fingerprint(tokenizer), block_size=64)
+    shape = dict(vocab_size=259 + 1, vocabulary=files.fingerprint(tokenizer), block_size=64)
     for name, kind in (("a", gpt), ("b", gpt), ("judge", scalar)):
         rlhf.save(tmp_path / f"{name}.pt", kind(**shape))
     return tmp_path

@@ -120,8 +120,8 @@ def test_linked_files_exist(folder):
         assert (folder / link).exists(), link
 
 def test_the_readmes_environment_is_one(tmp_path, monkeypatch, capsys):
-    """The block of Python in the README writes a data set that the stages train on."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    """The block of Python in data/README.md writes a data set that the stages train on."""
+    text = (ROOT / "data/README.md").read_text(encoding="utf-8")
     code, = re.findall("```python\n(.*?)```", text, re.S)
     (tmp_path / "sums.py").write_text(code)
     monkeypatch.chdir(tmp_path)
