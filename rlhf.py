@@ -321,7 +321,8 @@ def random_documents(documents: list, count: int, longest: int, rng) -> list[Exa
 
 # ---- Settings: every field is a flag, its comment the help; defaults suit the fable ----
 
-NotNegative = Annotated[float, 0, 1e9]  # with the smallest and the largest value that make sense
+# Types of fields, with the smallest and the largest value that make sense.
+NotNegative = Annotated[float, 0, 1e9]
 Fraction = Annotated[float, 0, 1]
 Part = Annotated[float, 0, 0.99]
 Count = Annotated[int, 1, 2**62]
@@ -525,7 +526,7 @@ class Ranked(NamedTuple):
     count: int  # prompts of the whole step that have untied pairs
 
 def ranked_passes(rankings: list[Ranking], cfg: Settings) -> list[Ranked]:
-    """This process's rankings, some microbatch_size completions at a time, whole prompts."""
+    """This process's rankings, about microbatch_size completions a pass, prompts kept whole."""
     passes = []
     count = max(1, sum(len(set(ranking.ranks)) > 1 for ranking in rankings))
     prompts = max(1, cfg.microbatch_size // 9)  # the paper's labelers ranked at most 9 (3.5)

@@ -31,13 +31,11 @@ BINS = np.array([0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0])
 LABELERS = {"training labelers": fable.TRAIN_LABELERS, "other labelers": fable.HELDOUT_LABELERS}
 WITH_TEXT = ("rewrite", "summarization", "classification", "closed_qa", "extraction")
 
-
 def spread(values: list[float]) -> str:
     """Mean and sample standard deviation."""
     if len(values) == 1:
         return f"{values[0]:.3f}"
     return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
-
 
 def interval(values: list[float]) -> str:
     """Shares in per cent: the mean, its interval over seeds, and that of each seed."""
@@ -48,7 +46,6 @@ def interval(values: list[float]) -> str:
     each = ", ".join(f"{value:.1f}" for value in percent)
     return f"{np.mean(percent):.1f} ± {margin:.1f} ({each})"
 
-
 def table(rows: dict[str, dict[str, list[float]]], show) -> str:
     """{row: {column: a value a seed}} in Markdown; `show` makes a cell of the values."""
     columns = list(next(iter(rows.values())))
@@ -57,7 +54,6 @@ def table(rows: dict[str, dict[str, list[float]]], show) -> str:
         cells = [show(values[column]) for column in columns]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
 
 def merged(tables: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, list[float]]]:
     """The tables of several seeds as one, a list of values in each cell."""
@@ -68,16 +64,13 @@ def merged(tables: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, lis
                 rows[title][column].append(value)
     return rows
 
-
 # ---- What the models are worth ---------------------------------------------------------
-
 
 def preference(labeler: fable.Labeler, own: int, other: int) -> float:
     """The probability that the labeler, noise included, prefers the first of two grades."""
     if own == other:
         return 0.5
     return NormalDist(0, labeler.noise * 2**0.5).cdf(own - other)
-
 
 def new_to_all(rows: list[dict], data: Path) -> list[bool]:
     """For each row, whether nothing in training wants the same: such prompts are harder."""
@@ -86,7 +79,6 @@ def new_to_all(rows: list[dict], data: Path) -> list[bool]:
         for row in files.read_jsonl(data / f"{name}.jsonl"):
             known.add(str(row["wants"]))
     return [str(row["wants"]) not in known for row in rows]
-
 
 def preferred(run: dict, rows: list[dict], data: Path) -> dict[str, dict[str, float]]:
     """How often the last model is preferred to the others: by gold and by each labeler."""
@@ -115,7 +107,6 @@ def preferred(run: dict, rows: list[dict], data: Path) -> dict[str, dict[str, fl
         found[f"{last} to {model}"] = cells
     return found
 
-
 def made_up(rows: list[dict], responses: list[str], tasks: tuple) -> float:
     """The share of responses with a falsehood: against the text given, or nobody can know it."""
     found = []
@@ -123,7 +114,6 @@ def made_up(rows: list[dict], responses: list[str], tasks: tuple) -> float:
         if row["task"] in tasks:
             found.append(fable.falsehoods(row["wants"], fable.parse(response)) > 0)
     return float(np.mean(found))
-
 
 def print_models(outs: list[Path], runs: list[dict]) -> None:
     choices = []
@@ -145,7 +135,6 @@ def print_models(outs: list[Path], runs: list[dict]) -> None:
     print("\nPreferred, in per cent:\n\n" + table(merged(choices), interval))
     print("\nIn per cent:\n\n" + table(merged(inventions), interval))
 
-
 def print_answers(out: Path, run: dict, count: int) -> None:
     """The answers of each model to the first prompts of the file, and what gold says."""
     rows = files.read_jsonl(out / "data" / run["prompts"])
@@ -154,9 +143,7 @@ def print_answers(out: Path, run: dict, count: int) -> None:
         for model, responses in run["responses"].items():
             print(f"* {model} ({run['gold'][model][0][i]:.2f}):{responses[i]}")
 
-
 # ---- The reward model against the truth ------------------------------------------------
-
 
 def pairs(out: Path, name: str) -> list[tuple]:
     """All pairs of held-out completions: the reward model's probability that the first is
@@ -186,7 +173,6 @@ def pairs(out: Path, name: str) -> list[tuple]:
                 found.append((1 / (1 + np.exp(scores[j] - scores[i])), true))
     return found
 
-
 def accuracies(everything: list[tuple]) -> dict[str, dict[str, float]]:
     """Expected accuracies, without the luck of the draw."""
     right = defaultdict(dict)
@@ -206,7 +192,6 @@ def accuracies(everything: list[tuple]) -> dict[str, dict[str, float]]:
         right["another labeler of the group"][group] = float(np.mean(by_labeler))
     return right
 
-
 def calibration(everything: list[tuple]) -> dict[str, dict[str, float]]:
     """How sure the reward model is, beside how often training labelers agree with it."""
     bins = defaultdict(list)
@@ -223,16 +208,13 @@ def calibration(everything: list[tuple]) -> dict[str, dict[str, float]]:
         rows[span] = {"it says": float(sure), "labelers agree": float(p)}
     return rows
 
-
 # ---- Over-optimisation -----------------------------------------------------------------
-
 
 def gao(kl: np.ndarray, gain: np.ndarray) -> tuple[float, float]:
     """alpha and beta of gain = d (alpha - beta log d), d = sqrt(KL) (Gao et al. 2022, eq. for RL)."""
     d = np.sqrt(kl)
     solution, *_ = np.linalg.lstsq(np.stack([d, -d * np.log(d)], 1), gain, rcond=None)
     return tuple(solution)
-
 
 def over_optimisation(out: Path, name: str) -> dict[str, float]:
     """Gold at the start, at its best, and in the end, as means over ten iterations; the fit."""
@@ -247,7 +229,6 @@ def over_optimisation(out: Path, name: str) -> dict[str, float]:
     return {"gold, first five": start, "best": means[best], "KL there": kl[best : best + 10].mean(),
             "last": means[-1], "KL at the end": kl[-10:].mean(), "alpha": alpha, "beta": beta}
 
-
 def read(out: Path, name: str, beside: str | None) -> dict:
     """An evaluation; the models of a second one come first, with its name."""
     run = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
@@ -257,7 +238,6 @@ def read(out: Path, name: str, beside: str | None) -> dict:
             renamed = {f"{model} ({beside})": value for model, value in other[key].items()}
             run[key] = renamed | run[key]
     return run
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -284,7 +264,6 @@ def main() -> None:
         print_answers(outs[0], runs[0], flags.show)
     else:
         print_models(outs, runs)
-
 
 if __name__ == "__main__":
     main()
