@@ -318,9 +318,9 @@ def falsehoods(plan, said) -> int:
 
 # ---- The customers: prompts ------------------------------------------------------------
 # Use cases and their weights: nine of the paper's Table 1, about as frequent as there, and two of
-# ours, harmful and unknown. Then their plans: kinds of sentences, with a slot for each word (animal2
-# is another animal). If a plan is "text > plan", prompts quote the text. No training prompt has the
-# held-out way to ask.
+# ours, harmful and unknown. Then their plans: kinds of sentences, with a slot for each word, where
+# animal2 is another animal. If a plan is "text > plan", prompts quote the text. No training prompt
+# has the held-out way to ask.
 TASK_TABLE = """
 generation 44: opening animal place; deed animal mood; deed animal mood; deed animal mood
     ask: [Tell|Write|I want|Make up] a <mood> story [about|of] the <animal> at the <place>.
