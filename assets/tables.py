@@ -1,7 +1,7 @@
 """The numbers of README.md and study.md: tables over the runs of several seeds, in Markdown.
 
     python assets/tables.py out/study/*                           what the models are worth, and to whom
-    python assets/tables.py out --name greedy --show 3            the first answers of each model
+    python assets/tables.py out --name greedy --show              answers to a prompt of each use case
     python assets/tables.py out --reward_model rm                 how often it is right, how sure it is
     python assets/tables.py out --proxy over_384 over_3072        over-optimisation, with Gao's fit
 
@@ -135,13 +135,15 @@ def print_models(outs: list[Path], runs: list[dict]) -> None:
     print("\nPreferred, in per cent:\n\n" + table(merged(choices), interval))
     print("\nIn per cent:\n\n" + table(merged(inventions), interval))
 
-def print_answers(out: Path, run: dict, count: int) -> None:
-    """The answers of each model to the first prompts of the file, and what gold says."""
-    rows = files.read_jsonl(out / "data" / run["prompts"])
-    for i, row in enumerate(rows[:count]):
-        print(f"\n{row['prompt'].strip()}\n")
-        for model, responses in run["responses"].items():
-            print(f"* {model} ({run['gold'][model][0][i]:.2f}):{responses[i]}")
+def print_answers(out: Path, run: dict) -> None:
+    """The answers of each model to the first prompt of each use case, and what gold says."""
+    shown = set()
+    for i, row in enumerate(files.read_jsonl(out / "data" / run["prompts"])):
+        if row["task"] not in shown:
+            shown.add(row["task"])
+            print(f"\n{row['task']}: {row['prompt'].strip()}\n")
+            for model, responses in run["responses"].items():
+                print(f"* {model} ({run['gold'][model][0][i]:.2f}):{responses[i]}")
 
 # ---- The reward model against the truth ------------------------------------------------
 
@@ -244,7 +246,7 @@ def main() -> None:
     parser.add_argument("outs", nargs="*", default=["out"], help="folders of runs, one a seed")
     parser.add_argument("--name", default="evaluate", help="name of the evaluation")
     parser.add_argument("--beside", help="a second evaluation, on the same prompts")
-    parser.add_argument("--show", type=int, help="print this many answers of each model")
+    parser.add_argument("--show", action="store_true", help="print answers of each model")
     parser.add_argument("--reward_model", help="compare this reward model with the truth")
     parser.add_argument("--proxy", nargs="+", help="runs of PPO that follow a reward model too far")
     flags = parser.parse_args()
@@ -261,7 +263,7 @@ def main() -> None:
         return
     runs = [read(out, flags.name, flags.beside) for out in outs]
     if flags.show:
-        print_answers(outs[0], runs[0], flags.show)
+        print_answers(outs[0], runs[0])
     else:
         print_models(outs, runs)
 
