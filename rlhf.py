@@ -239,9 +239,10 @@ def microbatches(indices, examples: list[Example], cfg: "Settings") -> list[list
 def totals(passes: list[dict]) -> dict[str, float]:
     """The sums, key by key, of what the forward passes of all processes found."""
     sums = {}
-    for found in sum(gather(passes), []):
-        for key, value in found.items():
-            sums[key] = sums.get(key, 0.0) + value
+    for of_one_process in gather(passes):
+        for found in of_one_process:
+            for key, value in found.items():
+                sums[key] = sums.get(key, 0.0) + value
     return sums
 
 def lm_pass(policy: GPT, examples: list[Example], cfg: "Settings", coef: float = 0.0) -> float:
@@ -269,7 +270,7 @@ def sample_responses(policy, prompts, eos, max_new_tokens, temperature=1.0) -> l
     """A response to each prompt: its ids, and their log-probabilities when sampled."""
     def work(own_prompts: list) -> list[tuple]:
         results = []
-        for part in chunks(own_prompts, 256):
+        for part in chunks(own_prompts, 256):  # which bounds the memory of the cache
             results += respond(policy, part, max_new_tokens, eos, temperature)
         return results
     return spread(work, prompts)
@@ -324,7 +325,7 @@ def random_documents(documents: list, count: int, longest: int, rng) -> list[Exa
 # Types of fields, with the smallest and the largest value that make sense.
 NotNegative = Annotated[float, 0, 1e9]
 Fraction = Annotated[float, 0, 1]
-Part = Annotated[float, 0, 0.99]
+BelowOne = Annotated[float, 0, 0.99]
 Count = Annotated[int, 1, 2**62]
 
 @dataclass
@@ -361,8 +362,8 @@ class SFT(Training):
     epochs: Count = 4  # passes over the demonstrations (paper: 16; 2 for the start of PPO)
     batch_size: Count = 32  # demonstrations per step (paper: 32; 175B: 8)
     learning_rate: NotNegative = 5e-4  # peak, cosine to 10 % (paper: 9.65e-6; 175B: 5.03e-6)
-    dropout: Part = 0.2  # on the residual branches (paper: 0.2)
-    pretrain_fraction: Part = 0.0  # share of rows that are raw text (paper, for PPO: 0.1)
+    dropout: BelowOne = 0.2  # on the residual branches (paper: 0.2)
+    pretrain_fraction: BelowOne = 0.0  # share of rows that are raw text (paper, for PPO: 0.1)
     window: Count = 256  # longest such row, in tokens (paper: not stated)
     reward_model: str = ""  # keep the epoch whose samples it prefers; else the last
 
@@ -642,7 +643,8 @@ def ppo(cfg: PPO) -> None:
     value_optimizer = adam(value)
     longest = longest_prompt(readers, cfg)
     records = read_prompts(Path(cfg.data) / "prompts.jsonl", tokenizer, longest)
-    records = records * math.ceil(cfg.iterations * cfg.rollout_size / len(records))  # enough
+    # Repeated until there are enough for all iterations; one shuffle runs over the copies.
+    records = records * math.ceil(cfg.iterations * cfg.rollout_size / len(records))
     gold = gold_function(records, cfg.gold)
     heldout = read_heldout(tokenizer, policy, cfg)
     files = ["prompts.jsonl", "pretrain_valid.txt"]
@@ -696,7 +698,7 @@ def ppo(cfg: PPO) -> None:
         # 4. Update both networks, eq. (5) and (6), a step a minibatch; first in the order of 2.
         for _ in range(cfg.epochs - 1):
             minibatches += chunks(rng.permutation(len(batch)).tolist(), cfg.minibatch_size)
-        warmup = min(1.0, 0.1 + 0.09 * iteration)  # over ten iterations (C.4: the policy's)
+        warmup = min(1.0, 0.1 + 0.09 * iteration)  # a tenth to 1 (C.4: of the policy)
         steps = []
         for minibatch in minibatches:
             count = mask[minibatch].sum()
@@ -750,7 +752,9 @@ def ppo(cfg: PPO) -> None:
         metrics["response_length"] = mask.sum(1).mean().item()
         metrics["learning_rate"] = cfg.learning_rate * warmup
         metrics["value_learning_rate"] = cfg.value_learning_rate * warmup
-        when_sampled = sum([own_logprobs for _, own_logprobs in sampled], [])
+        when_sampled = []
+        for _, own_logprobs in sampled:
+            when_sampled += own_logprobs
         gaps = torch.tensor(when_sampled, device=cfg.device) - old_logprobs[mask > 0]
         metrics["sampler_gap"] = gaps.abs().max().item()
         variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask).item()
@@ -885,7 +889,8 @@ def evaluate(cfg: Evaluate) -> None:
     eos = tokenizer.eot_token
     data = Path(cfg.data)
     policies = {}  # "gpt+fewshot" is gpt with two examples before each prompt
-    for title in map(str.strip, cfg.models.split(",")):
+    for title in cfg.models.split(","):
+        title = title.strip()
         policy = load_if_there(cfg, title.split("+")[0], GPT)
         if policy:
             policies[title] = policy
@@ -957,7 +962,7 @@ def evaluate(cfg: Evaluate) -> None:
         "prompts": cfg.prompts, "samples": cfg.samples, "table": table, "gold": gold_scores,
         "responses": written
     }
-    content = json.dumps(found, default=np.ndarray.tolist)
+    content = json.dumps(found, default=np.ndarray.tolist)  # gold is in arrays
     for suffix, text in ((".md", markdown(table)), (".json", content)):
         with replacing(Path(cfg.out) / (cfg.name + suffix)) as file:
             file.write(f"{text}\n".encode())
@@ -968,12 +973,12 @@ def load_if_there(cfg: Evaluate, name: str, kind: type):
         return load(cfg, name, kind)
     print(f"There is no {checkpoint(cfg, name)}: its row or column is left out.")
 
-def markdown(table: dict[str, dict[str, float]]) -> str:
-    """{row: {column: value}} -> a Markdown table."""
+def markdown(table: dict[str, dict], show="{:.3f}".format) -> str:
+    """{row: {column: value}} -> a Markdown table; `show` makes a text of a value."""
     columns = list(next(iter(table.values())))
     lines = ["| model | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for title, row in table.items():
-        cells = [f"{row[column]:.3f}" for column in columns]
+        cells = [show(row[column]) for column in columns]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -46,15 +46,6 @@ def interval(values: list[float]) -> str:
     each = ", ".join(f"{value:.1f}" for value in percent)
     return f"{np.mean(percent):.1f} ± {margin:.1f} ({each})"
 
-def table(rows: dict[str, dict[str, list[float]]], show) -> str:
-    """{row: {column: a value a seed}} in Markdown; `show` makes a cell of the values."""
-    columns = list(next(iter(rows.values())))
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for title, values in rows.items():
-        cells = [show(values[column]) for column in columns]
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
 def merged(tables: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, list[float]]]:
     """The tables of several seeds as one, a list of values in each cell."""
     rows = defaultdict(lambda: defaultdict(list))
@@ -99,8 +90,10 @@ def preferred(run: dict, rows: list[dict], data: Path) -> dict[str, dict[str, fl
         for name, labelers in LABELERS.items():
             wins = []
             for labeler in labelers:
-                pairs = zip(grades[labeler, last], grades[labeler, model])
-                wins.append(np.mean([preference(labeler, *pair) for pair in pairs]))
+                chances = []
+                for own_grade, other_grade in zip(grades[labeler, last], grades[labeler, model]):
+                    chances.append(preference(labeler, own_grade, other_grade))
+                wins.append(np.mean(chances))
             cells[f"by {name}"] = float(np.mean(wins))
             in_favour += sum(share > 0.5 for share in wins)
         cells["labelers in favour"] = in_favour / len(fable.LABELERS)
@@ -131,9 +124,9 @@ def print_models(outs: list[Path], runs: list[dict]) -> None:
     found = merged([run["table"] for run in runs])
     for row in found.values():
         row.pop("±", None)  # over prompts; the second table has it
-    print(table(found, spread))
-    print("\nPreferred, in per cent:\n\n" + table(merged(choices), interval))
-    print("\nIn per cent:\n\n" + table(merged(inventions), interval))
+    print(rlhf.markdown(found, spread))
+    print("\nPreferred, in per cent:\n\n" + rlhf.markdown(merged(choices), interval))
+    print("\nIn per cent:\n\n" + rlhf.markdown(merged(inventions), interval))
 
 def print_answers(out: Path, run: dict) -> None:
     """The answers of each model to the first prompt of each use case, and what gold says."""
@@ -179,7 +172,9 @@ def accuracies(everything: list[tuple]) -> dict[str, dict[str, float]]:
     """Expected accuracies, without the luck of the draw."""
     right = defaultdict(dict)
     for group, labelers in LABELERS.items():
-        by_model, by_oracle, by_labeler = [], [], []
+        by_model = []
+        by_oracle = []
+        by_labeler = []
         for chance, true in everything:
             average = np.mean(list(true.values()))
             own = {labeler: true[labeler] for labeler in labelers if labeler in true}
@@ -202,11 +197,12 @@ def calibration(everything: list[tuple]) -> dict[str, dict[str, float]]:
         for labeler in fable.TRAIN_LABELERS:
             if labeler in true:
                 p = true[labeler] if chance > 0.5 else 1 - true[labeler]
-                bins[int(np.searchsorted(BINS, sure, side="right"))].append((sure, p))
+                number = int(np.searchsorted(BINS[1:-1], sure, side="right"))
+                bins[number].append((sure, p))
     rows = {}
     for number in sorted(bins):
         sure, p = np.mean(bins[number], axis=0)
-        span = f"{BINS[number - 1]:.2f} to {BINS[min(number, len(BINS) - 1)]:.2f}"
+        span = f"{BINS[number]:.2f} to {BINS[number + 1]:.2f}"
         rows[span] = {"it says": float(sure), "labelers agree": float(p)}
     return rows
 
@@ -253,13 +249,13 @@ def main() -> None:
     outs = [Path(out) for out in flags.outs]
     if flags.reward_model:
         everything = [pairs(out, flags.reward_model) for out in outs]
-        print(table(merged([accuracies(own) for own in everything]), interval))
-        print("\n" + table(merged([calibration(sum(everything, []))]), spread))
+        print(rlhf.markdown(merged([accuracies(own) for own in everything]), interval))
+        print("\n" + rlhf.markdown(merged([calibration(sum(everything, []))]), spread))
         return
     if flags.proxy:
         for name in flags.proxy:
             found = merged([{name: over_optimisation(out, name)} for out in outs])
-            print(table(found, spread))
+            print(rlhf.markdown(found, spread))
         return
     runs = [read(out, flags.name, flags.beside) for out in outs]
     if flags.show:
