@@ -27,13 +27,12 @@ if [ -n "${ABLATIONS:-}" ]; then
         train dpo --name "dpo_$beta" --beta $beta
         models+=,dpo_$beta
     done
-    for count in 384 3072; do # over-optimisation (Gao et al. 2022): nothing but the proxy
-        few=$out/few$count
-        mkdir -p "$few"
-        cp "$out"/data/*.* "$few"
-        head -n $count "$out/data/comparisons.jsonl" > "$few/comparisons.jsonl"
-        train rm --name "rm_$count" --init sft0 --data "$few"
-        train ppo --name "over_$count" --reward_model "rm_$count" --kl_coef 0 --ptx_coef 0 \
+    few=$out/few # over-optimisation (Gao et al. 2022), from all rankings or an eighth
+    mkdir -p "$few" && cp "$out"/data/*.* "$few"
+    head -n 384 "$out/data/comparisons.jsonl" > "$few/comparisons.jsonl"
+    train rm --name rm_384 --init sft0 --data "$few"
+    for proxy in rm_384 rm; do
+        train ppo --name "over_$proxy" --reward_model $proxy --kl_coef 0 --ptx_coef 0 \
             --learning_rate 1e-4 --iterations 200
     done
 fi

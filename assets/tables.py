@@ -1,20 +1,19 @@
 """The numbers of README.md and study.md: tables over the runs of several seeds, in Markdown.
 
-    python assets/tables.py out/study/*                           what the models are worth, and to whom
-    python assets/tables.py out --name greedy --show              answers to a prompt of each use case
-    python assets/tables.py out --reward_model rm                 how often it is right, how sure it is
-    python assets/tables.py out --proxy over_384 over_3072        over-optimisation, with Gao's fit
+    python assets/tables.py out/study/*                       what the models are worth, to whom
+    python assets/tables.py out --name greedy --show          answers to a prompt of each use case
+    python assets/tables.py out --reward_model rm             how often it is right, how sure it is
+    python assets/tables.py out --proxy over_rm_384 over_rm   over-optimisation, with Gao's fit
 
-Spread over seeds is the sample standard deviation. An interval is 95 %: over seeds, of Student's t,
-and over prompts, the mean of the seeds' normal ones. The scripted labelers' noise is known, and with
-it the true probability that a labeler prefers one answer to another.
+Spread over seeds is the sample standard deviation. An interval is 95 %, over seeds Student's t. The
+scripted labelers' noise is known, so the probability that one prefers an answer is, too.
 """
 
 import argparse
 import json
 import sys
 from collections import defaultdict
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from statistics import NormalDist
 
@@ -27,7 +26,7 @@ from data import fable, files  # noqa: E402
 from model import ScalarModel  # noqa: E402
 
 T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # 97.5 % points, from 1 df
-BINS = np.array([0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0])
+BINS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.001)  # where 1 is in the last
 LABELERS = {"training labelers": fable.TRAIN_LABELERS, "other labelers": fable.HELDOUT_LABELERS}
 WITH_TEXT = ("rewrite", "summarization", "classification", "closed_qa", "extraction")
 
@@ -67,8 +66,7 @@ def new_to_all(rows: list[dict], data: Path) -> list[bool]:
     """For each row, whether nothing in training wants the same: such prompts are harder."""
     known = set()
     for name in ("sft", "rm_prompts", "prompts"):
-        for row in files.read_jsonl(data / f"{name}.jsonl"):
-            known.add(str(row["wants"]))
+        known.update(str(row["wants"]) for row in files.read_jsonl(data / f"{name}.jsonl"))
     return [str(row["wants"]) not in known for row in rows]
 
 def preferred(run: dict, rows: list[dict], data: Path) -> dict[str, dict[str, float]]:
@@ -76,27 +74,22 @@ def preferred(run: dict, rows: list[dict], data: Path) -> dict[str, dict[str, fl
     *others, last = run["responses"]
     new = new_to_all(rows, data)
     grades = {}
-    for labeler in fable.LABELERS:
-        for model, responses in run["responses"].items():
-            graded = [fable.grade(labeler, row, text) for row, text in zip(rows, responses)]
-            grades[labeler, model] = graded
+    for labeler, (model, responses) in product(fable.LABELERS, run["responses"].items()):
+        both = zip(rows, responses)
+        grades[labeler, model] = [fable.grade(labeler, row, text) for row, text in both]
     found = {}
     for model in others:
         own, other = np.array(run["gold"][last]), np.array(run["gold"][model])
         rate, margin = rlhf.win_rate(own, other)
         cells = {"by gold": rate, "± over prompts": margin}
         cells["by gold, new wants"] = rlhf.win_rate(own[:, new], other[:, new])[0]
-        in_favour = 0
+        shares = {}
+        for labeler in fable.LABELERS:
+            both = zip(grades[labeler, last], grades[labeler, model])
+            shares[labeler] = np.mean([preference(labeler, a, b) for a, b in both])
         for name, labelers in LABELERS.items():
-            wins = []
-            for labeler in labelers:
-                chances = []
-                for own_grade, other_grade in zip(grades[labeler, last], grades[labeler, model]):
-                    chances.append(preference(labeler, own_grade, other_grade))
-                wins.append(np.mean(chances))
-            cells[f"by {name}"] = float(np.mean(wins))
-            in_favour += sum(share > 0.5 for share in wins)
-        cells["labelers in favour"] = in_favour / len(fable.LABELERS)
+            cells[f"by {name}"] = np.mean([shares[labeler] for labeler in labelers])
+        cells["labelers in favour"] = np.mean([share > 0.5 for share in shares.values()])
         found[f"{last} to {model}"] = cells
     return found
 
@@ -114,12 +107,11 @@ def print_models(outs: list[Path], runs: list[dict]) -> None:
     for out, run in zip(outs, runs):
         rows = files.read_jsonl(out / "data" / run["prompts"])
         choices.append(preferred(run, rows, out / "data"))
-        cells = {}
+        inventions.append({})
         for model, responses in run["responses"].items():
-            text_given = made_up(rows, responses, WITH_TEXT)
-            unknown = made_up(rows, responses, ("unknown",))
-            cells[model] = {"made up, text given": text_given, "made up, unknown": unknown}
-        inventions.append(cells)
+            cells = inventions[-1][model] = {}
+            cells["made up, text given"] = made_up(rows, responses, WITH_TEXT)
+            cells["made up, unknown"] = made_up(rows, responses, ("unknown",))
     print(f"n = {len(runs)} seeds, {runs[0]['prompts']}, {runs[0]['samples']} samples a prompt\n")
     found = merged([run["table"] for run in runs])
     for row in found.values():
@@ -146,15 +138,13 @@ def pairs(out: Path, name: str) -> list[tuple]:
     cfg = rlhf.RM(data=str(out / "data"), out=str(out), device="cpu")
     tokenizer = files.get_tokenizer(cfg.data)
     model = rlhf.load(cfg, name, ScalarModel)
-    row_of = {row["prompt"]: row for row in files.read_jsonl(out / "data/rm_prompts_valid.jsonl")}
-    found = []
-    for prompt, row in row_of.items():
-        row["completions"] = set()
+    ranked = defaultdict(set)
     for ranking in files.read_jsonl(out / "data/comparisons_valid.jsonl"):
-        row_of[ranking["prompt"]]["completions"].update(ranking["completions"])
-    for prompt, row in row_of.items():
-        texts = sorted(row["completions"])
-        examples = [files.example(tokenizer, prompt, text) for text in texts]
+        ranked[ranking["prompt"]].update(ranking["completions"])
+    found = []
+    for row in files.read_jsonl(out / "data/rm_prompts_valid.jsonl"):
+        texts = sorted(ranked.pop(row["prompt"], ()))  # a prompt may be there twice
+        examples = [files.example(tokenizer, row["prompt"], text) for text in texts]
         with torch.no_grad():
             scores = rlhf.score(model, examples, cfg).tolist()
         for i, j in combinations(range(len(texts)), 2):
@@ -191,25 +181,25 @@ def accuracies(everything: list[tuple]) -> dict[str, dict[str, float]]:
 
 def calibration(everything: list[tuple]) -> dict[str, dict[str, float]]:
     """How sure the reward model is, beside how often training labelers agree with it."""
-    bins = defaultdict(list)
+    sure = []
+    agree = []
     for chance, true in everything:
-        sure = max(chance, 1 - chance)
-        for labeler in fable.TRAIN_LABELERS:
-            if labeler in true:
-                p = true[labeler] if chance > 0.5 else 1 - true[labeler]
-                number = int(np.searchsorted(BINS[1:-1], sure, side="right"))
-                bins[number].append((sure, p))
+        for labeler in set(fable.TRAIN_LABELERS) & set(true):
+            sure.append(max(chance, 1 - chance))
+            agree.append(true[labeler] if chance > 0.5 else 1 - true[labeler])
+    sure, agree = np.array(sure), np.array(agree)
     rows = {}
-    for number in sorted(bins):
-        sure, p = np.mean(bins[number], axis=0)
-        span = f"{BINS[number]:.2f} to {BINS[number + 1]:.2f}"
-        rows[span] = {"it says": float(sure), "labelers agree": float(p)}
+    for low, high in zip(BINS, BINS[1:]):
+        inside = (low <= sure) & (sure < high)
+        if inside.any():
+            cells = {"it says": sure[inside].mean(), "labelers agree": agree[inside].mean()}
+            rows[f"{low:.2f} to {high:.2f}"] = cells
     return rows
 
 # ---- Over-optimisation -----------------------------------------------------------------
 
 def gao(kl: np.ndarray, gain: np.ndarray) -> tuple[float, float]:
-    """alpha and beta of gain = d (alpha - beta log d), d = sqrt(KL) (Gao et al. 2022, eq. for RL)."""
+    """alpha and beta of gain = d (alpha - beta log d), d = sqrt(KL) (Gao et al. 2022)."""
     d = np.sqrt(kl)
     solution, *_ = np.linalg.lstsq(np.stack([d, -d * np.log(d)], 1), gain, rcond=None)
     return tuple(solution)
@@ -227,7 +217,7 @@ def over_optimisation(out: Path, name: str) -> dict[str, float]:
     return {"gold, first five": start, "best": means[best], "KL there": kl[best : best + 10].mean(),
             "last": means[-1], "KL at the end": kl[-10:].mean(), "alpha": alpha, "beta": beta}
 
-def read(out: Path, name: str, beside: str | None) -> dict:
+def read(out: Path, name: str, beside: str | None = None) -> dict:
     """An evaluation; the models of a second one come first, with its name."""
     run = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
     if beside:
@@ -244,24 +234,20 @@ def main() -> None:
     parser.add_argument("--beside", help="a second evaluation, on the same prompts")
     parser.add_argument("--show", action="store_true", help="print answers of each model")
     parser.add_argument("--reward_model", help="compare this reward model with the truth")
-    parser.add_argument("--proxy", nargs="+", help="runs of PPO that follow a reward model too far")
+    parser.add_argument("--proxy", nargs="+", default=[], help="runs of PPO without the KL")
     flags = parser.parse_args()
     outs = [Path(out) for out in flags.outs]
     if flags.reward_model:
         everything = [pairs(out, flags.reward_model) for out in outs]
         print(rlhf.markdown(merged([accuracies(own) for own in everything]), interval))
         print("\n" + rlhf.markdown(merged([calibration(sum(everything, []))]), spread))
-        return
-    if flags.proxy:
-        for name in flags.proxy:
-            found = merged([{name: over_optimisation(out, name)} for out in outs])
-            print(rlhf.markdown(found, spread))
-        return
-    runs = [read(out, flags.name, flags.beside) for out in outs]
-    if flags.show:
-        print_answers(outs[0], runs[0])
-    else:
-        print_models(outs, runs)
+    elif flags.show:
+        print_answers(outs[0], read(outs[0], flags.name))
+    elif not flags.proxy:
+        print_models(outs, [read(out, flags.name, flags.beside) for out in outs])
+    for name in flags.proxy:
+        found = merged([{name: over_optimisation(out, name)} for out in outs])
+        print(rlhf.markdown(found, spread))
 
 if __name__ == "__main__":
     main()
