@@ -146,7 +146,7 @@ class Form(NamedTuple):
     """One way to put a sentence."""
     kind: str
     text: str  # with open slots
-    says: Counter  # class -> how many words of it
+    says: dict  # class -> how many words of it
     goes_on: bool  # only after another sentence about the same animal
 
 def expand(text: str) -> list[str]:
@@ -155,7 +155,7 @@ def expand(text: str) -> list[str]:
     if not match:
         return [text]
     texts = []
-    for choice in match.group(1).split("|"):
+    for choice in match[1].split("|"):
         texts += expand(text[:match.start()] + choice + text[match.end():])
     return texts
 
@@ -163,32 +163,28 @@ def expand(text: str) -> list[str]:
 def mark(text: str) -> tuple[str, dict]:
     """"The goat eats grass." -> "The <animal> eats <food>.", {"animal": ["goat"], ...}"""
     words = {}
+    for word in WORD.findall(text):
+        words.setdefault(CLASS_OF[word], []).append(word)
+    return WORD.sub(lambda match: f"<{CLASS_OF[match[0]]}>", text), words
 
-    def note(match):
-        name = CLASS_OF[match.group()]
-        words.setdefault(name, []).append(match.group())
-        return f"<{name}>"
-
-    return WORD.sub(note, text), words
-
-FORMS = {}  # kind, {(class, number of words)} -> forms
+FORMS = {}  # kind -> forms
 SHAPES = {}  # a sentence with its classes marked -> form
 for line in GRAMMAR.strip().splitlines():
     kind, choices = line.split(maxsplit=1)
     for choice in expand(choices):
         text = choice.replace("<It>", "It").replace("<it>", "it")
         goes_on = text != choice or text.startswith("Then")
-        says = Counter(re.findall(r"<(\w+)>", re.sub("<[Ii]t>", "<animal>", choice)))
-        form = Form(kind, text, says, goes_on)
-        FORMS.setdefault((kind, frozenset(says.items())), []).append(form)
+        names = re.findall(r"<(\w+)>", re.sub("<[Ii]t>", "<animal>", choice))
+        form = Form(kind, text, dict(Counter(names)), goes_on)
+        FORMS.setdefault(kind, []).append(form)
         SHAPES[mark(text.replace("*", ""))[0]] = form
 
 # ---- To say a plan ---------------------------------------------------------------------
-
 def sentence(rng: Random, kind: str, words: dict, again: bool = False) -> str:
     """The words, {class: words}, in one sentence of that kind; `again`: about the same animal."""
-    counts = frozenset((name, len(own)) for name, own in words.items())
-    text = rng.choice([form.text for form in FORMS[kind, counts] if form.goes_on <= again])
+    says = {name: len(own) for name, own in words.items()}
+    forms = [form for form in FORMS[kind] if form.says == says and form.goes_on <= again]
+    text = rng.choice(forms).text
     used = Counter()
     for name in SLOT.findall(text):
         if name[0] == "*":
@@ -363,14 +359,12 @@ extraction 2: meeting animal animal2 place > found animal animal2
     heldout: {text} Tell me the animals.
 """
 TASKS = {}  # task -> per cent
-MANY_TASKS = []  # each as often as its per cent
 TASK = {}  # task -> "plan", "ask", "heldout", "hurried" -> texts
 for line in TASK_TABLE.strip().splitlines():
     key, text = line.strip().split(": ", 1)
     if line[0] != " ":
         name, percent = key.split()
         TASKS[name] = int(percent)
-        MANY_TASKS += [name] * TASKS[name]
         TASK[name] = {}
         key = "plan"
     TASK[name].setdefault(key, []).extend(expand(text))
@@ -418,7 +412,7 @@ def ask(rng: Random, task: str, source: str = "labeler", held: str = "") -> dict
         if topic in plan:
             slots |= {"question": question, "clause": clause}
     text = rng.choice(TASK[task][way]).format(**slots)
-    text = SLOT.sub(lambda slot: words[slot.group(1)], text)
+    text = SLOT.sub(lambda slot: words[slot[1]], text)
     if source == "customer":
         text = hurried(rng, text)
     seen = held in ("", "anything")
@@ -448,17 +442,18 @@ def demonstrate(row: dict, rng: Random, care: float) -> str:
 
 def meant(plan: list, rng: Random, care: float) -> list:
     """The steps that somebody who takes so much care means to say."""
+    haste = 1 - care
     kind, words = plan[0]
-    if kind in TEMPTING and rng.random() < 0.45 * (1 - care):
+    if kind in TEMPTING and rng.random() < 0.45 * haste:
         return [[TEMPTING[kind], words]]
-    if rng.random() < 0.12 * (1 - care):
+    if rng.random() < 0.12 * haste:
         return [[rng.choice(["vague", "asking", "unsure"]), {}]]
     steps = []
     slips = 0.3 + 0.5 / len(plan)
     for kind, words in plan:
-        if words and rng.random() < slips * (1 - care):
+        if words and rng.random() < slips * haste:
             words = slipped(rng, kind, words)
-        if not steps or rng.random() > 0.5 * (1 - care):
+        if not steps or rng.random() > 0.5 * haste:
             steps.append([kind, words])
     return steps
 
@@ -547,7 +542,7 @@ def dialogue_document(rng):
     """Whoever answers has one character throughout: earlier exchanges tell what will come."""
     character = rng.choices(["helpful", "careless", "rude", "parrot"], [3, 4, 2, 1])[0]
     text = ""
-    for task in rng.choices(MANY_TASKS, k=rng.randint(2, 4)):
+    for task in rng.choices(list(TASKS), TASKS.values(), k=rng.randint(2, 4)):
         row = ask(rng, task, rng.choice(["labeler", "customer"]), held="anything")
         text += row["prompt"] + " " + reply(rng, row, character).strip()
     return text
@@ -593,7 +588,7 @@ WEB = {
 
 def pretrain_document(rng: Random) -> str:
     """One document of the web. Good behaviour is in there, but it is not typical."""
-    author = rng.choices(list(WEB), list(WEB.values()))[0]
+    author = rng.choices(list(WEB), WEB.values())[0]
     return "".join(author(rng))
 
 # ---- The files -------------------------------------------------------------------------
@@ -617,7 +612,8 @@ def make(seed: int, scale: float = 1.0) -> dict:
         row = ask(Random(0), task)
         shot = {"prompt": row["prompt"], "completion": demonstrate(row, Random(0), care=1.0)}
         files["fewshot.jsonl"].append(shot)
-    evaluation, everything = set(), set()  # prompts that a file shares with no other
+    everything = set()  # prompts, none of which may be in a file that is held out
+    evaluation = set()  # prompts of files that are held out, none of which may be in another
     for name, cells in table(PROMPT_TABLE).items():
         count, customers, held = map(float, cells)
         rng = Random(f"{seed} {name}")
@@ -635,7 +631,7 @@ def make(seed: int, scale: float = 1.0) -> dict:
 def prompts(rng: Random, count: int, customers: float, held=0.0, taken=frozenset()) -> list[dict]:
     """Prompts in the proportions of TASKS, some of them second turns, none of them in `taken`."""
     rows = []
-    for task in rng.choices(MANY_TASKS, k=count):
+    for task in rng.choices(list(TASKS), TASKS.values(), k=count):
         source = "customer" if rng.random() < customers else "labeler"
         hold = rng.choice(["subject", "phrasing"]) if rng.random() < held else ""
         row = None
@@ -671,15 +667,12 @@ def train_bpe(text: str, vocab_size: int = 1024) -> list[bytes]:
                 pairs[pair] += counts[word]
         if not pairs:
             break
-        best = max(pairs.values())
-        left, right = max(pair for pair in pairs if pairs[pair] == best)
+        left, right = max(zip(pairs.values(), pairs))[1]
         vocab.append(left + right)
         for pieces in spelling.values():
-            i = 0
-            while i < len(pieces) - 1:
-                if pieces[i] == left and pieces[i + 1] == right:
+            for i in range(len(pieces)):
+                if pieces[i:i + 2] == [left, right]:
                     pieces[i:i + 2] = [left + right]
-                i += 1
     # Where a text runs out of pairs, pairs of rare bytes keep the size as asked.
     for i in range(2 ** 14):
         vocab.append(bytes([255 - i // 128, 255 - i % 128]))
