@@ -13,7 +13,6 @@ import sys
 from collections import Counter
 from hashlib import sha256
 from pathlib import Path
-from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import fable  # noqa: E402
@@ -124,8 +123,7 @@ def expect(value, kind: type, field: str):
 def find_document(row: dict) -> dict:
     others = ", ".join(field for field in row if field != "text" and row[field] not in EMPTY)
     if others:
-        todo = "--ignore text, or the others"
-        raise ValueError(f"text should be alone in its row, not beside {others}: {todo}")
+        raise ValueError(f"text should be alone, not beside {others}: --ignore text or these")
     if not expect(row["text"], str, "text").replace(EOT, "").strip():
         raise ValueError(f"text should not be blank: {row['text']!a:.60}")
     return {"text": row["text"]}
@@ -188,8 +186,7 @@ def find_prompt(row: dict, openings: dict, args, seen: Counter) -> str:
     first = [turn for turn in dialogue if turn.startswith(HUMAN)][:1]
     for field, turns in openings.items():
         if turns != dialogue and not (field in ASKED and turns == first):
-            last = turns[-1:]
-            raise ValueError(f"{field} should agree with the other fields, not end in {last!a:.60}")
+            raise ValueError(f"{field} should agree with the other fields: {turns[-1:]!a:.60}")
     if not dialogue:
         raise ValueError("there should be a prompt, or messages that begin with one")
     if not dialogue[-1].startswith(HUMAN):
@@ -217,8 +214,7 @@ def find_ranks(row: dict, texts: list[str], seen: Counter) -> list[int]:
     """A rank for each answer to compare: 0 is best, equal ranks are ties."""
     given = " ".join(field for field in COMPARED if field in row)
     if given not in RANKED:
-        wanted = "chosen and rejected, or completions with ranks or scores"
-        raise ValueError(f"there should be {wanted}, not {given}")
+        raise ValueError(f"there should be one of {RANKED[1:]}, not {given!r}")
     ranks = row.get("ranks", list(range(len(texts))))
     if "scores" in row:
         scores = expect(row["scores"], list, "scores")
@@ -229,8 +225,7 @@ def find_ranks(row: dict, texts: list[str], seen: Counter) -> list[int]:
         check({"completions": texts, "ranks": ranks})
     same = [" ".join(text.split()) for text in texts]
     if len(set(same)) == 1 or len(set(zip(same, ranks))) > len(set(same)):
-        fields = "chosen and rejected, or completions,"
-        raise ValueError(f"{fields} should differ in more than white space, not {texts!a:.60}")
+        raise ValueError(f"{given} should differ by more than white space: {texts!a:.60}")
     seen["rankings without ranks or scores, read as best first"] += given == "completions"
     return ranks
 
@@ -284,8 +279,7 @@ def sources(args) -> list[Path]:
             files.append(fetch(address, args.data / "download" / name, start))
     for path in files:
         if path.resolve().parent == args.data.resolve():
-            todo = "move it, or pass another --data"
-            raise UserError(f"{path} is in the folder to write into, {args.data}: {todo}")
+            raise UserError(f"{path} is in the folder to fill: move it, or pass another --data")
     return list(dict.fromkeys(files))
 
 def fetch(address: str, path: Path, start: str | None = None) -> Path:
@@ -320,21 +314,20 @@ def rows_of(path: Path):
             if part.strip():
                 yield f"{path}, document {number}", json.dumps({"text": part})
         return
+    unit = "item"
     try:
         whole = json.loads(text, object_pairs_hook=unique)  # a list, or one object
     except (ValueError, RecursionError) as error:
-        whole = None
         if text.lstrip().startswith("["):
             raise UserError(f"{path} is not a list in JSON: {error}") from None
-    if isinstance(whole, dict) and whole.keys().isdisjoint(FIELDS):
-        for field in whole:
-            if isinstance(whole[field], list):
+        whole = None
+    if isinstance(whole, dict):
+        for field, rows in whole.items():
+            if isinstance(rows, list) and whole.keys().isdisjoint(FIELDS):
                 code = ROWS.format(f"json.load(open({str(path)!r}))[{field!r}]")
                 raise UserError(todo.format(path, f"one object around {field!a}", code))
-    unit = "item"
-    if isinstance(whole, dict):
-        rows = [text]
-    elif isinstance(whole, list):
+        whole = [whole]
+    if isinstance(whole, list):
         rows = map(json.dumps, whole)
     else:
         rows = text.split("\n")
@@ -418,8 +411,7 @@ def hold_out(found: dict, held: set, args, notes: Counter) -> dict:
         train = [row for row in rows if opening(row) not in held]
         valid = [row for row in rows if opening(row) in held]
         if not train or not valid:
-            why = "some have to be trained on and others held out"
-            notes[f"rows of {kind} left out: {why}"] += len(rows)
+            notes[f"{kind} left out: some have to be trained on, some held out"] += len(rows)
             continue
         for name, side in ((kind, train), (f"{kind}_valid", valid)):
             if kind == "pretrain":
@@ -443,10 +435,8 @@ def write_files(files: dict, folder: Path) -> None:
 
 def print_table(files: dict, tokenizer) -> None:
     """The rows of each file, and their tokens, with the longest answer of a ranking."""
-    print(f"\n{'file':26}{'rows':>9}{'tokens: median':>16}{'longest':>9}{'all':>13}")
+    print(f"\n{'file':26}{'rows':>9}{'tokens':>13}{'longest':>9}")
     for name, rows in files.items():
-        if name == "tokenizer.tiktoken":
-            continue
         if isinstance(rows, str):
             rows = [{"prompt": text} for text in rows.split(EOT)[:-1]]
         lengths = []
@@ -454,8 +444,7 @@ def print_table(files: dict, tokenizer) -> None:
             texts = row.get("completions", [row.get("completion", "")])
             longest = max(len(encode(tokenizer, text)) for text in texts)
             lengths.append(len(encode(tokenizer, row["prompt"])) + longest + 1)
-        numbers = f"{median(lengths):16,.0f}{max(lengths):9,}{sum(lengths):13,}"
-        print(f"{name:26}{len(rows):9,}{numbers}")
+        print(f"{name:26}{len(rows):9,}{sum(lengths):13,}{max(lengths):9,}")
     rankings = [row["ranks"] for row in files.get("comparisons.jsonl", [])]
     for size, count in sorted(Counter(map(len, rankings)).items()):
         ties = sum(len(set(ranks)) < size for ranks in rankings if len(ranks) == size)
@@ -505,6 +494,7 @@ def main(words: list[str] | None = None) -> None:
         else:
             files = prepare(args)
         write_files(files, args.data)
+        files.pop("tokenizer.tiktoken", None)
         print_table(files, get_tokenizer(args.data))
     except (UserError, OSError) as error:
         sys.exit(f"prepare.py: {error}")
