@@ -29,6 +29,7 @@ from model import ScalarModel  # noqa: E402
 COLUMNS = 79
 BLOCK = 8  # prompts sampled at a time for a person: few, so that the first question comes soon
 COMMANDS = ("undo", "skip", "quit")
+PAPER = {"labelers": "72.6%", "held-out labelers": "77.3%"}  # how often theirs agree
 
 @dataclass
 class Label(rlhf.Settings):
@@ -91,9 +92,7 @@ def rank_by_machine(cfg: Label) -> None:
     for path in paths:
         if any("time" in row for row in read_answers(path)):
             raise UserError(f"{path} has answers by people: move it first")
-    judge = None
-    if cfg.by != "scripted":
-        judge = rlhf.load(cfg, cfg.by, ScalarModel)
+    judge = None if cfg.by == "scripted" else rlhf.load(cfg, cfg.by, ScalarModel)
     sampler = Sampler(cfg)
     rng = Random(cfg.seed)
     for path in paths:
@@ -106,12 +105,11 @@ def rank_by_machine(cfg: Label) -> None:
             labelers = [rng.choice(fable.TRAIN_LABELERS)]
             if path == paths[1]:
                 labelers = fable.TRAIN_LABELERS + fable.HELDOUT_LABELERS
-            ranks = {}
             if judge:
-                ranks[cfg.by] = rank_by_model(judge, row, sampler)
+                ranks = {cfg.by: rank_by_model(judge, row, sampler)}
             else:
-                for labeler in labelers:
-                    ranks[labeler.name] = fable.rank(labeler, row, row["completions"], rng)
+                texts = row["completions"]
+                ranks = {who.name: fable.rank(who, row, texts, rng) for who in labelers}
             for name, own in ranks.items():
                 given = {"ranks": own, "labeler": name, "round": cfg.round}
                 rankings.append(only(row, "prompt", "completions", "task") | given)
@@ -133,28 +131,25 @@ def rank_by_model(judge: ScalarModel, row: dict, sampler: Sampler) -> list[int]:
     return [best_first.index(score_of[text]) for text in row["completions"]]
 
 def print_agreement(path: Path | str) -> None:
-    """Print how often labelers agree, and apart from them the held-out ones of the fable."""
-    rankings = read_jsonl(path, "prompt", "completions", "ranks", "labeler")
+    """Print how often two labelers order two completions alike; pairs that either ties do not
+    count. The held-out labelers of the fable are compared with each other.
+    """
     heldout = [labeler.name for labeler in fable.HELDOUT_LABELERS]
-    others = [row for row in rankings if row["labeler"] not in heldout]
-    unseen = [row for row in rankings if row["labeler"] in heldout]
-    print(f"labelers {agreement(others)} (paper: 72.6%)")
-    if unseen:
-        print(f"held-out labelers {agreement(unseen)} (paper: 77.3%)")
-
-def agreement(rankings: list[dict]) -> str:
-    """How often two labelers order two completions alike; pairs that either ties do not count."""
     ranked = defaultdict(dict)
-    for row in rankings:
-        completions = (row["prompt"], *row["completions"])
-        ranked[completions][row["labeler"]] = row["ranks"]
-    signs = []
-    for labelers in ranked.values():
+    for row in read_jsonl(path, "prompt", "completions", "ranks", "labeler"):
+        group = "held-out labelers" if row["labeler"] in heldout else "labelers"
+        question = (group, row["prompt"], str(row["completions"]))
+        ranked[question][row["labeler"]] = row["ranks"]
+    signs = {"labelers": []}
+    for question, labelers in ranked.items():
+        own = signs.setdefault(question[0], [])
         for one, other in combinations(labelers.values(), 2):
             for i, j in combinations(range(len(one)), 2):
-                signs.append((one[i] - one[j]) * (other[i] - other[j]))
-    untied = [sign > 0 for sign in signs if sign != 0]
-    return f"agree on {sum(untied) / max(1, len(untied)):.1%} of {len(untied)} untied pairs"
+                own.append((one[i] - one[j]) * (other[i] - other[j]))
+    for group, own in signs.items():
+        untied = [sign > 0 for sign in own if sign != 0]
+        share = sum(untied) / max(1, len(untied))
+        print(f"{group} agree on {share:.1%} of {len(untied)} untied pairs (paper: {PAPER[group]})")
 
 # ---- People, several of whom may add to the same file at once -----------------------------------
 
@@ -319,10 +314,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     rlhf.add_flags(parser, Label)
     parser.add_argument("--blind", nargs=2, metavar="MODEL", help="a person compares two models")
-    flags = vars(parser.parse_args(argv))
-    blind = flags.pop("blind")
-    cfg = Label(**flags)
-    cfg.blind = blind
+    cfg = Label()
+    vars(cfg).update(vars(parser.parse_args(argv)))
     rlhf.run_stage(label, cfg)
 
 if __name__ == "__main__":
