@@ -247,9 +247,7 @@ def example(tokenizer, prompt: str, completion: str) -> Example:
     return Example(ids, len(prompt_ids))
 
 def without_long(path, items: list, lengths: list[int], longest: int) -> list:
-    """Leave out what is over `longest` tokens, and say how much (our choice; the paper leaves out
-    prompts of over 1,000 tokens, appendix C).
-    """
+    """Leave out what is over `longest` tokens, and say so (the paper: prompts of over 1,000)."""
     kept = [item for item, length in zip(items, lengths) if length <= longest]
     count = len(items) - len(kept)
     if not kept:

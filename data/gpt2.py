@@ -144,10 +144,7 @@ def download(name: str) -> Path:
     return folder
 
 def load_gpt2(name_or_folder: str | Path, data: str = "") -> GPT:
-    """Load a model of the HUB or a folder in float32, on the CPU, for the tokenizer of `data`.
-
-    UserError if anything is damaged or not GPT-2's.
-    """
+    """A model of the HUB or a folder, float32, on the CPU; UserError if it is not GPT-2's."""
     n_vocab = GPTConfig.vocab_size
     expected = GPT2_VOCABULARY
     if data:

@@ -131,9 +131,7 @@ def rank_by_model(judge: ScalarModel, row: dict, sampler: Sampler) -> list[int]:
     return [best_first.index(score_of[text]) for text in row["completions"]]
 
 def print_agreement(path: Path | str) -> None:
-    """Print how often two labelers order two completions alike; pairs that either ties do not
-    count. The held-out labelers of the fable are compared with each other.
-    """
+    """Print how often two labelers order two completions alike; ties of either do not count."""
     heldout = [labeler.name for labeler in fable.HELDOUT_LABELERS]
     ranked = defaultdict(dict)
     for row in read_jsonl(path, "prompt", "completions", "ranks", "labeler"):

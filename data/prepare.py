@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import fable  # noqa: E402
-from data.files import EOT, UserError, check, encode, get_tokenizer, parse  # noqa: E402
-from data.files import read_bytes, read_text, replacing, unique, write_jsonl  # noqa: E402
+from data.files import EOT, ROLES, UserError, check, encode, get_tokenizer  # noqa: E402
+from data.files import parse, read_bytes, read_text, replacing, unique, write_jsonl  # noqa: E402
 
 CARRIED = ("labeler", "task", "source", "round", "wants")
 ASKED = ("prompt", "instruction")
@@ -27,8 +27,7 @@ FIELDS = CARRIED + ASKED + DEMONSTRATED + COMPARED + ("input", "label", "text")
 RANKED = ("", "chosen rejected", "completions", "completions ranks", "completions scores")
 HUMAN = "\n\nHuman:"  # how a turn begins
 CUE = "\n\nAssistant:"  # how an answer begins
-SPEAKERS = {"user": "Human", "human": "Human", "prompter": "Human", "assistant": "Assistant",
-            "gpt": "Assistant", "system": "System"}
+SPEAKERS = ROLES | {"human": "Human", "prompter": "Human", "gpt": "Assistant"}
 LABELS = {"true": True, "1": True, "1.0": True, "yes": True, "false": False, "0": False,
           "0.0": False, "no": False, "-1": False, "-1.0": False}
 # White space between the turns in a text. Each begins where the white space does: tried at each
@@ -42,7 +41,6 @@ EMPTY = (None, "", [], {})
 HELD_OUT = re.compile("(?<![a-z])(valid|validation|val|test|eval|dev)(?![a-z])")
 NO_DATA = re.compile(r"(^|[/\\])(\.|(README|LICENSE)(\.\w+)?$)")  # hidden folders, too
 JSON_ROW = re.compile(r'\s*\[?\s*\{\s*"')
-SAMPLE = 3_000_000  # characters that the fable's vocabulary is learnt from
 
 HUB = "https://huggingface.co"
 OASST = HUB + "/datasets/OpenAssistant/oasst1/resolve/main/2023-04-12_oasst_ready."
@@ -187,10 +185,8 @@ def find_prompt(row: dict, openings: dict, args, seen: Counter) -> str:
     for field, turns in openings.items():
         if turns != dialogue and not (field in ASKED and turns == first):
             raise ValueError(f"{field} should agree with the other fields: {turns[-1:]!a:.60}")
-    if not dialogue:
-        raise ValueError("there should be a prompt, or messages that begin with one")
-    if not dialogue[-1].startswith(HUMAN):
-        raise ValueError(f"prompt should end with a turn of the user, not {dialogue[-1]!a:.60}")
+    if not dialogue or not dialogue[-1].startswith(HUMAN):
+        raise ValueError(f"prompt should end with a turn of the user, not {dialogue[-1:]!a:.60}")
     if HUMAN in dialogue or CUE in dialogue:
         raise ValueError(f"prompt should not have a blank turn: {dialogue!a:.60}")
     return "".join(dialogue) + CUE
@@ -230,10 +226,7 @@ def find_ranks(row: dict, texts: list[str], seen: Counter) -> list[int]:
     return ranks
 
 def oasst(tree, args, seen: Counter) -> list[tuple]:
-    """A tree of messages -> a prompt for each of a person's messages, and the replies to it.
-
-    A message that is left out takes the replies below it along.
-    """
+    """A tree of messages -> rows. A message that is left out takes those below it along."""
     found = []
     queue = [([], [tree.get("prompt")])]
     for turns, nodes in queue:  # grows while it is read
@@ -489,7 +482,7 @@ def main(words: list[str] | None = None) -> None:
     try:
         if args.name == "fable":
             files = fable.make(args.seed, args.scale)
-            vocabulary = fable.train_bpe(files["pretrain.txt"][:SAMPLE])
+            vocabulary = fable.train_bpe(files["pretrain.txt"][:3_000_000])
             files["tokenizer.tiktoken"] = fable.tiktoken_file(vocabulary)
         else:
             files = prepare(args)
