@@ -91,8 +91,7 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         start = end
         end += 4 * tensor.numel()
-        shape = list(tensor.shape)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+        header[name] = dict(dtype="F32", shape=list(tensor.shape), data_offsets=[start, end])
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8 bytes
     with replacing(path) as file:

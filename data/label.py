@@ -150,7 +150,6 @@ def print_agreement(path: Path | str) -> None:
         print(f"{group} agree on {share:.1%} of {len(untied)} untied pairs (paper: {PAPER[group]})")
 
 # ---- People, several of whom may add to the same file at once -----------------------------------
-
 def only(row: dict, *fields: str) -> dict:
     return {name: row[name] for name in fields if name in row}
 

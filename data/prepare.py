@@ -32,10 +32,8 @@ LABELS = {"true": True, "1": True, "1.0": True, "yes": True, "false": False, "0"
           "0.0": False, "no": False, "-1": False, "-1.0": False}
 # White space between the turns in a text. Each begins where the white space does: tried at each
 # character of it, they would take minutes for a page of empty lines.
-ONE_LINE = r"(?<!\s)\s+"
-NEW_LINE = r"(?<!\s)[^\S\n]*\n\s*"
 BLANK_LINE = r"(?<!\s)[^\S\n]*\n[^\S\n]*\n\s*"
-GAPS = (BLANK_LINE, NEW_LINE, ONE_LINE, BLANK_LINE)
+GAPS = (BLANK_LINE, r"(?<!\s)[^\S\n]*\n\s*", r"(?<!\s)\s+", BLANK_LINE)
 TURN_INSIDE = re.compile(rf"(^|{BLANK_LINE})(Human|Assistant):|\sAssistant:$")
 EMPTY = (None, "", [], {})
 HELD_OUT = re.compile("(?<![a-z])(valid|validation|val|test|eval|dev)(?![a-z])")
@@ -60,8 +58,7 @@ OTHERS = {  # how the name ends, the first bytes, Python that prints the file as
     "UTF-16": ((), (b"\xff\xfe", b"\xfe\xff"), "print(open({!r}, encoding='utf-16').read())"),
 }
 
-# One row
-
+# ---- One row ---------------------------------------------------------------------------
 def mine(row: dict, args, seen: Counter) -> list[tuple]:
     """A row in the documented fields -> [(kind, canonical row)]. Raises ValueError."""
     row = known(row, FIELDS, args, seen)
@@ -255,8 +252,7 @@ def oasst(tree, args, seen: Counter) -> list[tuple]:
         raise ValueError("there should be a message that can be used")
     return found
 
-# Files that are read
-
+# ---- Files that are read ---------------------------------------------------------------
 def sources(args) -> list[Path]:
     """All files that are named, or else downloaded."""
     files = []
@@ -307,7 +303,8 @@ def rows_of(path: Path):
             if part.strip():
                 yield f"{path}, document {number}", json.dumps({"text": part})
         return
-    unit = "item"
+    rows = text.split("\n")
+    unit = "line"
     try:
         whole = json.loads(text, object_pairs_hook=unique)  # a list, or one object
     except (ValueError, RecursionError) as error:
@@ -315,16 +312,14 @@ def rows_of(path: Path):
             raise UserError(f"{path} is not a list in JSON: {error}") from None
         whole = None
     if isinstance(whole, dict):
-        for field, rows in whole.items():
-            if isinstance(rows, list) and whole.keys().isdisjoint(FIELDS):
+        for field, value in whole.items():
+            if isinstance(value, list) and whole.keys().isdisjoint(FIELDS):
                 code = ROWS.format(f"json.load(open({str(path)!r}))[{field!r}]")
                 raise UserError(todo.format(path, f"one object around {field!a}", code))
         whole = [whole]
     if isinstance(whole, list):
         rows = map(json.dumps, whole)
-    else:
-        rows = text.split("\n")
-        unit = "line"
+        unit = "item"
     for number, row in enumerate(rows, 1):
         if row.strip():
             yield f"{path}, {unit} {number}", row
@@ -364,8 +359,7 @@ def read(args, notes: Counter) -> tuple[dict, set]:
         print(f"  refused: {sentence}")
     return found, openings
 
-# From rows to files
-
+# ---- From rows to files ----------------------------------------------------------------
 def complete(found: dict, notes: Counter) -> None:
     """Drop what teaches nothing; the best of a ranking is the demonstration, if none is."""
     rankings = [row for row in found["comparisons"] if len(set(row["ranks"])) > 1]
