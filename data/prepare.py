@@ -37,7 +37,7 @@ GAPS = (BLANK_LINE, r"(?<!\s)[^\S\n]*\n\s*", r"(?<!\s)\s+", BLANK_LINE)
 TURN_INSIDE = re.compile(rf"(^|{BLANK_LINE})(Human|Assistant):|\sAssistant:$")
 EMPTY = (None, "", [], {})
 HELD_OUT = re.compile("(?<![a-z])(valid|validation|val|test|eval|dev)(?![a-z])")
-NO_DATA = re.compile(r"(^|[/\\])(\.|(README|LICENSE)(\.\w+)?$)")  # hidden folders, too
+NO_DATA = re.compile(r"(^|[/\\])(\..|(README|LICENSE)(\.\w+)?$)")  # hidden folders, too
 JSON_ROW = re.compile(r'\s*\[?\s*\{\s*"')
 
 HUB = "https://huggingface.co"
@@ -207,7 +207,7 @@ def find_ranks(row: dict, texts: list[str], seen: Counter) -> list[int]:
     """A rank for each answer to compare: 0 is best, equal ranks are ties."""
     given = " ".join(field for field in COMPARED if field in row)
     if given not in RANKED:
-        raise ValueError(f"there should be one of {RANKED[1:]}, not {given!r}")
+        raise ValueError(f"fields to compare should be one of {RANKED[1:]}, not {given!r}")
     ranks = row.get("ranks", list(range(len(texts))))
     if "scores" in row:
         scores = expect(row["scores"], list, "scores")
@@ -257,11 +257,9 @@ def sources(args) -> list[Path]:
     """All files that are named, or else downloaded."""
     files = []
     for path in args.files:
-        if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if file.is_file()]
-            files += [file for file in inside if not NO_DATA.search(str(file.relative_to(path)))]
-        else:
-            files.append(path)
+        for file in sorted(path.rglob("*")) or [path]:
+            if not file.is_dir() and not NO_DATA.search(str(file.relative_to(path))):
+                files.append(file)
     if not args.files:
         for address, start in DOWNLOADS[args.name].items():
             name = "_".join(address.split("/")[-2:])
