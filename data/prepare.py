@@ -193,11 +193,9 @@ def shown(row: dict, answers: dict, seen: Counter) -> list[str]:
     texts = {text for field, text in answers.items() if field in DEMONSTRATED}
     if len(texts) > 1 or "" in texts:
         raise ValueError(f"{' and '.join(answers)} should have one answer that is not blank")
-    if "label" in row and not texts:
-        raise ValueError("label should be beside a completion, which is not there")
     label = str(row.get("label", True)).lower()
-    if label not in LABELS:
-        raise ValueError(f"label should be true or false, not {label!a:.60}")
+    if label not in LABELS or ("label" in row and not texts):
+        raise ValueError(f"label should be true or false, beside a completion: {label!a:.60}")
     if not LABELS[label]:
         seen["answers labelled false, of which only the prompt is used"] += 1
         return []
