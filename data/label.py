@@ -211,15 +211,14 @@ def wrapped(text: str, mark: str = "") -> str:
     lines = []
     for line in padded.split("\n"):
         lines += textwrap.wrap(line, COLUMNS - len(mark)) or [""]
-    indent = " " * len(mark)
-    return mark + f"\n{indent}".join(lines).replace("\0", "")
+    return mark + ("\n" + " " * len(mark)).join(lines).replace("\0", "")
 
 def ranking(line: str, k: int) -> list[int]:
     """The ranks of k answers from a line such as "2 1=3"; [] unless each answer is there once."""
     if k == 2:
         line = {"1": "1 2", "2": "2 1", "=": "1=2"}.get(line, line)
     places = [equals.split("=") for equals in re.sub(r"\s*=\s*", "=", line).split()]
-    numbers = [str(i + 1) for i in range(k)]
+    numbers = list(map(str, range(1, k + 1)))
     if sorted(sum(places, [])) != sorted(numbers):
         return []
     ranks = {}
@@ -257,11 +256,10 @@ def ask_text(row: dict) -> dict | str:
             line = "."
         if not lines and line.strip().lower() in COMMANDS:
             return line.strip().lower()
-        text = "\n".join(lines)
         if line != ".":
             lines.append(line)
-        elif text.strip():
-            return {"completion": f" {text}"}
+        elif "".join(lines).strip():
+            return {"completion": " " + "\n".join(lines)}
 
 def ask_person(cfg: Label) -> None:
     """A person writes demonstrations, ranks completions, or compares two models."""
