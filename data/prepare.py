@@ -182,8 +182,10 @@ def find_prompt(row: dict, openings: dict, args, seen: Counter) -> str:
     for field, turns in openings.items():
         if turns != dialogue and not (field in ASKED and turns == first):
             raise ValueError(f"{field} should agree with the other fields: {turns[-1:]!a:.60}")
-    if not dialogue or not dialogue[-1].startswith(HUMAN):
-        raise ValueError(f"prompt should end with a turn of the user, not {dialogue[-1:]!a:.60}")
+    if not dialogue:
+        raise ValueError("there should be a prompt, or messages that begin with one")
+    if not dialogue[-1].startswith(HUMAN):
+        raise ValueError(f"prompt should end with a turn of the user, not {dialogue[-1]!a:.60}")
     if HUMAN in dialogue or CUE in dialogue:
         raise ValueError(f"prompt should not have a blank turn: {dialogue!a:.60}")
     return "".join(dialogue) + CUE
@@ -205,7 +207,8 @@ def find_ranks(row: dict, texts: list[str], seen: Counter) -> list[int]:
     """A rank for each answer to compare: 0 is best, equal ranks are ties."""
     given = " ".join(field for field in COMPARED if field in row)
     if given not in RANKED:
-        raise ValueError(f"fields to compare should be one of {RANKED[1:]}, not {given!r}")
+        wanted = "chosen and rejected, or completions with ranks or scores"
+        raise ValueError(f"there should be {wanted}, not {given}")
     ranks = row.get("ranks", list(range(len(texts))))
     if "scores" in row:
         scores = expect(row["scores"], list, "scores")
