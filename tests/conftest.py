@@ -61,9 +61,6 @@ def weights(model: torch.nn.Module) -> torch.Tensor:
 def policy() -> GPT:
     return gpt()
 
-@pytest.fixture
-def reward_model() -> ScalarModel:
-    return scalar()
 
 @pytest.fixture
 def prompts() -> list[list[int]]:
@@ -103,9 +100,8 @@ def write_data(folder: Path) -> None:
         for i in range(count):
             completions = [word(0, 6) for _ in range(2 + i % 4)]
             ranks = [rng.randrange(3) for _ in completions]
-            labeler = "new" if name.endswith("valid") and i % 3 == 0 else "old"
-            rows.append({"prompt": word(1, 8), "completions": completions, "ranks": ranks,
-                         "labeler": labeler})
+            rows.append({"prompt": word(1, 8), "completions": completions, "ranks": ranks})
+            rows[i]["labeler"] = "new" if name.endswith("valid") and i % 3 == 0 else "old"
         rows[1]["ranks"] = [2, 0, 1]
         rows[2]["ranks"] = [1, 1, 1, 1]
         write_jsonl(folder / f"{name}.jsonl", rows)

@@ -490,9 +490,9 @@ def test_sft_with_pretraining_text_and_dropout(project, monkeypatch):
     rlhf.sft(cfg)
     assert seen == [(True, 0.2, 1.0, 15), (False, 0.2, 0.0, 4)]
 
-def test_accuracy_report_by_loop(reward_model, tmp_path):
+def test_accuracy_report_by_loop(tmp_path):
     """Over untied pairs, by whether the labeler was seen in training; nothing is NaN."""
-    cfg, valid = settings(rlhf.RM, tmp_path), []
+    cfg, reward_model, valid = settings(rlhf.RM, tmp_path), scalar(), []
     for ranks, who in (([0, 1, 1, 2], "a"), ([3, 0, 1, 2], "a"), ([1, 0, 0, 0], "b")):
         examples = [Example([1] * (who == "b") * (j % 2) + [1, j, 0], 1) for j in range(2, 6)]
         valid.append(Ranking(examples, ranks, who))
