@@ -63,9 +63,7 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 @pytest.mark.parametrize("prefix, dtype", [
     ("", torch.float32), ("transformer.", torch.float16), ("_orig_mod.", torch.bfloat16),
-    ("module.", torch.float32), ("_orig_mod.module.transformer.", torch.float32),
-    ("transformer.module.", torch.float32),
-])
+    ("transformer.module.", torch.float16), ("_orig_mod.module.transformer.", torch.float32)])
 def test_prefixes_and_dtypes(tmp_path, model, prefix, dtype):
     weights = {name: tensor.to(dtype) for name, tensor in theirs(model, prefix).items()}
     loaded = load_gpt2(write_folder(tmp_path, model, weights))
@@ -212,17 +210,6 @@ def test_a_name_is_downloaded_once_from_the_mirror(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="another vocabulary than"):
         load_gpt2("gpt2-xl", write_data(tmp_path / "data"))
 
-def test_a_policy_comes_back_as_it_was_saved(tmp_path, model):
-    save_gpt2(model, tmp_path / "a")
-    path = tmp_path / "a" / "model.safetensors"
-    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0  # aligned
-    expected = theirs(model, "transformer.")
-    for name, tensor in read_safetensors(path).items():
-        assert torch.equal(tensor, expected.pop(name))
-    assert not expected and same(load_gpt2(tmp_path / "a"), model)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="model.safetensors cannot be written"):
-        save_gpt2(model, tmp_path / "file")
 
 def test_a_reward_model_keeps_its_scores_bias_and_all(tmp_path):
     model, tokens = scalar(**SHAPE), torch.randint(261, (4, 20))
@@ -252,13 +239,19 @@ def test_transformers_gives_the_same_logits_and_scores(tmp_path, model):
     assert same(load_gpt2(tmp_path / "b"), model)
 
 def test_load_and_save_on_the_command_line(tmp_path, model, capsys):
-    save_gpt2(model, tmp_path / "a")
+    """A policy comes back as it was, from the layout of `transformers`."""
     out = ["--out", str(tmp_path)]
-    gpt2.main(["load", str(tmp_path / "a"), *out])
+    gpt2.main(["load", str(write_folder(tmp_path / "a", model)), *out])
     gpt2.main(["save", "gpt", str(tmp_path / "b"), *out])
-    assert same(load_gpt2(tmp_path / "b"), model)
+    path = tmp_path / "b/model.safetensors"
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0  # aligned
+    expected = theirs(model, "transformer.")
+    for name, tensor in read_safetensors(path).items():
+        assert torch.equal(tensor, expected.pop(name))
+    assert not expected and same(load_gpt2(tmp_path / "b"), model)
     rlhf.save(tmp_path / "rm.pt", scalar(**SHAPE))
     gpt2.main(["save", f"{tmp_path}/rm.pt", str(tmp_path / "c")])
-    assert "score.weight" in read_safetensors(tmp_path / "c" / "model.safetensors")
     said = capsys.readouterr().out
     assert "GPT with 261 tokens" in said and "ScalarModel with 261 tokens" in said
+    with pytest.raises(SystemExit, match="model.safetensors cannot be written"):
+        gpt2.main(["save", "gpt", str(tmp_path / "rm.pt"), *out])
