@@ -162,9 +162,7 @@ def test_what_may_differ(start, project, monkeypatch):
     """The folders, the gold score, how often is saved, and the rows per forward pass."""
     start("dpo", "whole")
     stopped(start, monkeypatch, "dpo")
-    moved = project / "elsewhere"
-    shutil.copytree(project / "data", moved / "data")
-    shutil.copytree(project / "out", moved / "out")
+    moved = shutil.copytree(project, project.with_name("elsewhere"))
     folders = dict(data=f"{moved}/data", out=f"{moved}/out", gold="none.py")
     start("dpo", resume=True, save_minutes=7, microbatch_size=9, **folders)
     losses = [line["loss"] for line in metrics(moved, "run")]
