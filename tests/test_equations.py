@@ -24,8 +24,6 @@ def spoiled(x: Tensor, garbage: float) -> Tensor:
     """Something else in every column that the mask leaves out."""
     return torch.where(MASK > 0, x, garbage)
 
-# ---- (1) ---------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("garbage", [5.0, NAN])
 def test_lm_loss_is_the_mean_over_response_tokens(garbage):
     """(1) -E[log pi(token)]; prompt and padding have no part in it, and no gradient."""
@@ -35,8 +33,6 @@ def test_lm_loss_is_the_mean_over_response_tokens(garbage):
     expected = -sum(logprobs[i, t].item() for i, t in COLUMNS) / len(COLUMNS)
     assert loss.item() == pytest.approx(expected, abs=1e-6)
     assert_close(logprobs.grad, -MASK / len(COLUMNS))
-
-# ---- (2) ---------------------------------------------------------------------------------------
 
 def untied_pairs(ranks: list[int]) -> list[tuple[int, int]]:
     """(winner, loser) of every pair that is not tied."""
@@ -92,8 +88,6 @@ def test_pairwise_loss_is_ln_2_when_it_knows_nothing_and_finite_when_it_is_certa
         loss = pairwise_loss(scores, tensor([0, 1]), zeros[:2])
         loss.backward()
         assert loss.item() == pytest.approx(expected) and scores.grad.isfinite().all()
-
-# ---- (3) ---------------------------------------------------------------------------------------
 
 def test_kl_rewards_vector():
     """(3) r - beta log(pi / ref), token by token."""
@@ -152,8 +146,6 @@ def test_k1_as_a_reward_has_the_gradient_of_the_kl():
     (gradient,) = torch.autograd.grad(surrogate, policy)
     assert_close(gradient, expected, atol=1e-10, rtol=0)
 
-# ---- (4) ---------------------------------------------------------------------------------------
-
 def gae_by_double_sum(rewards: list, values: list, gamma: float, lam: float) -> list[float]:
     """One row without padding; V after the last token is 0."""
     n, values = len(rewards), [*values, 0]
@@ -192,8 +184,6 @@ def test_whiten_keeps_apart_what_rows_have_in_common():
     """Never by row: a good episode stays above a bad one."""
     white = whiten(tensor([[1.0, 1, 1], [-1, -1, -1]]), torch.ones(2, 3))
     assert_close(white, tensor([[1.0, 1, 1], [-1, -1, -1]]))
-
-# ---- (5) ---------------------------------------------------------------------------------------
 
 def policy_by_loop(new, old, advantages, eps):
     """(5) and its statistics, a token at a time."""
@@ -236,8 +226,6 @@ def test_approxkl_estimates_the_kl_from_the_old_policy():
         estimate += o.exp().item() * stats["policy/approxkl"].item()
     assert estimate == pytest.approx(kl, rel=0.1)
 
-# ---- (6) ---------------------------------------------------------------------------------------
-
 def value_by_loop(values, old, returns, eps):
     """(6) and its statistics, a token at a time."""
     losses, clips, errors = [], [], []
@@ -265,8 +253,6 @@ def test_value_loss_four_quadrants(v, old, target, value, gradient):
     assert values.grad.item() == pytest.approx(gradient, abs=1e-6)
     assert stats["val/clipfrac"].item() == (gradient == 0)
 
-# ---- (8) ---------------------------------------------------------------------------------------
-
 
 def test_dpo_vector():
     """(8) log-probs -10 and -12 against -11 and -11.5: h = 1.5, and (2) at beta 0.1 is 0.620957,
@@ -286,8 +272,6 @@ def test_implicit_rewards_by_loop(garbage):
     for i in range(3):
         expected = sum(0.3 * (logprobs[i, t] - ref[i, t]).item() for j, t in COLUMNS if j == i)
         assert rewards[i].item() == pytest.approx(expected, abs=1e-5)
-
-# ---- (5) and (6) alike, and all of them --------------------------------------------------------
 
 @pytest.mark.parametrize("garbage", [5.0, NAN])
 @pytest.mark.parametrize("loss, by_loop", [

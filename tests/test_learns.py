@@ -107,12 +107,10 @@ def gold(row: dict) -> float:
     return row["helpful"] + row["harmless"]
 
 def test_every_stage_is_better_than_the_one_before(table):
-    """GPT < SFT < PPO-ptx by gold score, and PPO is preferred."""
     assert gold(table["gpt"]) + 0.05 < gold(table["sft"]) < gold(table["ppo_ptx"]) - 0.1
     assert table["ppo_ptx"]["win rate"] > 0.55 > table["sft"]["win rate"] == 0.5
     assert table["ppo_ptx"]["RM score"] > table["sft"]["RM score"] + 0.5
     assert table["ppo_ptx"]["EOS"] > 0.9
 
 def test_ptx_lowers_the_alignment_tax(table):
-    """Loss on held-out text: PPO raises it, with the pretraining gradient mixed in it does not."""
     assert table["ppo_ptx"]["held-out loss"] < table["ppo"]["held-out loss"] - 0.05

@@ -56,7 +56,6 @@ def path(tmp_path) -> Path:
     return tmp_path / "folder" / "rows.jsonl"
 
 def refusal(action, *arguments) -> str:
-    """The one sentence with which it refuses."""
     with pytest.raises(UserError) as error:
         action(*arguments)
     assert str(error.value).isprintable() and len(str(error.value)) < 400

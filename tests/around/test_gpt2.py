@@ -239,7 +239,6 @@ def test_transformers_gives_the_same_logits_and_scores(tmp_path, model):
     assert same(load_gpt2(tmp_path / "b"), model)
 
 def test_load_and_save_on_the_command_line(tmp_path, model, capsys):
-    """A policy comes back as it was, from the layout of `transformers`."""
     out = ["--out", str(tmp_path)]
     gpt2.main(["load", str(write_folder(tmp_path / "a", model)), *out])
     gpt2.main(["save", "gpt", str(tmp_path / "b"), *out])

@@ -201,7 +201,6 @@ def test_chat_ends_cleanly(talk, project, monkeypatch):
         run("chat", project)
 
 def test_a_stray_byte_and_a_terminal_that_is_not_utf8(project):
-    """What is typed, and what the model writes, may be anything."""
     flags = f"--data {project}/data --out {project}/out --model sft --max_new_tokens 5".split()
     command = [sys.executable, str(ROOT / "rlhf.py"), "chat", *flags, "--device", "cpu"]
     env = os.environ | {"PYTHONIOENCODING": "cp1252", "OMP_NUM_THREADS": "1"}
@@ -229,7 +228,6 @@ def test_new_fields_are_flags():
     assert "0 is none, and 100 % is all [0]" in " ".join(parser.format_help().split())
 
 def test_every_setting_is_used():
-    """A flag that no code reads would be a lie."""
     source = (ROOT / "rlhf.py").read_text(encoding="utf-8")
     for stage in rlhf.STAGES.values():
         for field in dataclasses.fields(stage.__annotations__["cfg"]):
