@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from argparse import ArgumentParser
-from base64 import b64encode
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +25,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import rlhf  # noqa: E402
-from data.files import Example, replacing, write_jsonl  # noqa: E402
+from data.fable import tiktoken_file  # noqa: E402
+from data.files import Example, write_jsonl  # noqa: E402
 from model import GPT, PRESETS, GPTConfig, ScalarModel  # noqa: E402
 
 PROMPT, NEW = 32, 64  # tokens
@@ -85,10 +85,9 @@ def train(cfg: rlhf.PPO, config: GPTConfig) -> Row:
 def ppo(cfg: rlhf.PPO, config: GPTConfig) -> Row:
     """Few responses end early, as random weights seldom choose EOS: all count in full."""
     rows, out = cfg.rollout_size, Path(cfg.out)
-    with replacing(out / "tokenizer.tiktoken") as file:
-        for rank in range(config.vocab_size - 1):  # bytes, and tokens that no prompt contains
-            token = bytes([rank]) if rank < 256 else (2**23 + rank).to_bytes(3, "big")
-            file.write(b64encode(token) + b" %d\n" % rank)
+    tokens = [bytes([i]) for i in range(256)]
+    tokens += [i.to_bytes(4, "big") for i in range(256, config.vocab_size - 1)]  # are in no prompt
+    (out / "tokenizer.tiktoken").write_text(tiktoken_file(tokens))
     prompts = [{"prompt": f"\n\nHuman: {i:011d}\n\nAssistant:"} for i in range(rows)]
     write_jsonl(out / "prompts.jsonl", prompts)
     rlhf.save(out / "ppo_init.pt", GPT(config))

@@ -103,11 +103,9 @@ def table(world):
     rlhf.evaluate(of(rlhf.Evaluate, models="gpt,sft,ppo,ppo_ptx", reference="sft"))
     return json.loads((world / "out/evaluate.json").read_text())["table"]
 
-def gold(row: dict) -> float:
-    return row["helpful"] + row["harmless"]
-
 def test_every_stage_is_better_than_the_one_before(table):
-    assert gold(table["gpt"]) + 0.05 < gold(table["sft"]) < gold(table["ppo_ptx"]) - 0.1
+    gold = {name: row["helpful"] + row["harmless"] for name, row in table.items()}
+    assert gold["gpt"] + 0.05 < gold["sft"] < gold["ppo_ptx"] - 0.1
     assert table["ppo_ptx"]["win rate"] > 0.55 > table["sft"]["win rate"] == 0.5
     assert table["ppo_ptx"]["RM score"] > table["sft"]["RM score"] + 0.5
     assert table["ppo_ptx"]["EOS"] > 0.9

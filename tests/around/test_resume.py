@@ -1,6 +1,5 @@
 """A stopped run goes on to the same bits, wherever that was, or is refused by name."""
 
-import errno
 import gc
 import itertools
 import multiprocessing
@@ -10,7 +9,6 @@ import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import pytest
 import rlhf
@@ -41,10 +39,7 @@ def metrics(project: Path, name: str) -> list[dict]:
 def assert_same(project: Path) -> None:
     """The run and the one that was not stopped leave the same metrics and weights."""
     assert metrics(project, "run") == metrics(project, "whole")
-    weights = rlhf.read_tensors(project / "out/run.pt")["model"]
-    expected = rlhf.read_tensors(project / "out/whole.pt")["model"]
-    for name, tensor in expected.items():
-        assert torch.equal(tensor, weights[name]), name
+    assert (project / "out/run.pt").read_bytes() == (project / "out/whole.pt").read_bytes()
 
 def work(cfg, stage: str, at: int, events) -> None:
     """In a process of its own: count what the run does to its weights and files, and send SIGKILL
@@ -132,8 +127,7 @@ def stopped(start, monkeypatch, stage: str) -> None:
     ("pretrain", "data/pretrain.txt"), ("pretrain", "data/tokenizer.tiktoken"),
     ("sft", "data/sft.jsonl"), ("sft", "data/sft_valid.jsonl"), ("sft", "out/gpt.pt"),
     ("rm", "data/comparisons.jsonl"), ("rm", "data/sft.jsonl"), ("ppo", "data/prompts.jsonl"),
-    ("ppo", "data/pretrain.txt"), ("ppo", "out/rm.pt"), ("dpo", "data/comparisons.jsonl"),
-])
+    ("ppo", "data/pretrain.txt"), ("ppo", "out/rm.pt"), ("dpo", "data/comparisons.jsonl")])
 def test_a_changed_file_is_refused_by_name(start, project, monkeypatch, stage, file):
     """Whatever its date is. Changed back, the run goes on."""
     stopped(start, monkeypatch, stage)
@@ -185,8 +179,8 @@ def test_a_run_without_its_checkpoint_or_resume_begins_anew(start, project, resu
     start("dpo", resume=resume)
     assert_same(project)
 
-def test_a_second_run_in_the_same_folder_is_refused(start, project, monkeypatch):
-    """It harms nothing; a crash leaves no lock behind, and a file system may have none."""
+def test_a_second_run_in_the_same_folder_is_refused(start, project):
+    """It harms nothing, and a crash leaves no lock behind."""
     start("rm")
     files = {path: path.read_bytes() for path in (project / "out/run").iterdir()}
     with open(project / "out/run/metrics.jsonl") as held:
@@ -195,9 +189,6 @@ def test_a_second_run_in_the_same_folder_is_refused(start, project, monkeypatch)
             with pytest.raises(SystemExit, match="rm: another run is at work in .*run"):
                 start("rm", resume=resume)
     assert files == {path: path.read_bytes() for path in (project / "out/run").iterdir()}
-    start("rm")
-    unsupported = OSError(errno.ENOTSUP, "not supported")
-    monkeypatch.setattr("fcntl.flock", Mock(side_effect=unsupported))
     start("rm")
 
 def test_a_file_that_cannot_be_opened_is_one_sentence(start, project):
