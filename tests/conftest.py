@@ -27,7 +27,6 @@ SMALL = {  # some six steps of every stage that trains
 EOS = 256  # the last token of the data set below: its vocabulary is the 256 bytes and EOS
 GOLD = '''
 def gold(row, completion):
-    """Something that depends on the row and on the text."""
     return {"helpful": len(completion) / 10, "harmless": float(len(completion) > row["wants"])}
 '''
 
@@ -140,6 +139,9 @@ def stage_settings(stage: str, folder: Path, **fields):
     return settings(rlhf.STAGES[stage].__annotations__["cfg"], folder, **fields)
 
 def read_log(cfg) -> list[dict]:
-    """metrics.jsonl of a run; NaN and infinities are failures."""
+    """metrics.jsonl of a run, without the seconds; NaN and infinities are failures."""
     lines = (Path(cfg.out) / cfg.name / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    log = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    for line in log:
+        line.pop("seconds")
+    return log

@@ -5,13 +5,12 @@ import math
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor, tensor
-from torch.testing import assert_close
-
 import rlhf
+import torch
 from rlhf import gae, implicit_rewards, kl_rewards, lm_loss, pairwise_loss, policy_loss
 from rlhf import value_loss, whiten
+from torch import Tensor, tensor
+from torch.testing import assert_close
 
 NAN = float("nan")
 MASK = tensor([[0, 0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1], [0, 1, 0, 0, 0, 0, 0.0]])
@@ -63,14 +62,12 @@ def assert_pairwise(*ranks: list[int]) -> None:
 
 @pytest.mark.parametrize("k", range(2, 10))
 def test_pairwise_loss_is_the_mean_over_pairs(k):
-    """(2) -1/C(K,2) sum over pairs of log sigmoid(r_w - r_l), for K completions in any order; of
-    two prompts the mean, whatever K is."""
+    """(2) -1/C(K,2) sum over pairs of log sigmoid(r_w - r_l); two prompts weigh the same."""
     assert_pairwise(torch.randperm(k).tolist())
     assert_pairwise(torch.randperm(k).tolist(), torch.randperm(4).tolist())
 
 def test_tied_pairs_are_dropped():
-    """(2) over the pairs that are left. A prompt that has none adds 0 to the sum and nothing to
-    the number of prompts; the loss is never NaN."""
+    """(2) over the pairs that are left. A prompt that has none counts for nothing; never NaN."""
     assert_pairwise([1, 1, 2])
     assert_pairwise([2, 2, 2], [1, 0])
     tied, zeros = torch.randn(3, requires_grad=True), torch.zeros(3, dtype=torch.long)
@@ -203,8 +200,7 @@ def policy_by_loop(new, old, advantages, eps):
 @pytest.mark.parametrize("ratio, advantage, value, gradient, clips", [
     (1.5, 2.0, -2.4, 0.0, 1), (0.5, 2.0, -1.0, -1.0, 0), (1.1, 2.0, -2.2, -2.2, 0),
     (1.5, -2.0, 3.0, 3.0, 0), (0.5, -2.0, 1.6, 0.0, 1), (0.9, -2.0, 1.8, 1.8, 0),
-    (1.0, 2.0, -2.0, -2.0, 0),  # before the first update: the policy gradient
-])
+    (1.0, 2.0, -2.0, -2.0, 0)])  # before the first update: the policy gradient
 def test_policy_loss_four_quadrants(ratio, advantage, value, gradient, clips):
     """(5) -min(ratio A, clip(ratio) A): to go further than eps gains nothing and has no gradient,
     the way back is never clipped. d/d log pi = -ratio A where it is not."""
@@ -242,8 +238,7 @@ def value_by_loop(values, old, returns, eps):
     (1.0, 0.5, 1.2, 0.125, 0.0),  # moved up by more than eps, still below the target: clipped
     (0.0, 0.5, 1.2, 0.72, -1.2),  # moved away from it: the unclipped error is larger
     (1.0, 0.5, 0.2, 0.32, 0.8), (0.0, 0.5, -0.2, 0.125, 0.0),  # the same two, mirrored
-    (0.6, 0.5, 1.2, 0.18, -0.6),  # within eps
-])
+    (0.6, 0.5, 1.2, 0.18, -0.6)])  # within eps
 def test_value_loss_four_quadrants(v, old, target, value, gradient):
     """(6) 1/2 max((V - R)^2, (V_old + clip(V - V_old) - R)^2): max, not min, and its gradient."""
     values = tensor([[v]], requires_grad=True)
@@ -299,23 +294,18 @@ def test_arguments_are_left_alone():
         (kl_rewards, floats[0][:, 0], *floats[1:], MASK, 0.1),
         (implicit_rewards, *floats[:2], MASK, 0.1),
         (policy_loss, *floats, MASK), (value_loss, *floats, MASK),
-        (rlhf.action_mask, tensor([1, 2, 3]), tensor([4, 5, 6]), 7),
-    ]
+        (rlhf.action_mask, tensor([1, 2, 3]), tensor([4, 5, 6]), 7)]
     for f, *arguments in calls:
         before = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
         f(*arguments)
         assert all(torch.equal(a, b) for a, b in zip(arguments, before) if isinstance(a, Tensor))
 
-# ---- plain arithmetic --------------------------------------------------------------------------
-
 def test_action_mask_by_hand():
     """p0 p1 p2 r0 r1 EOS pad pad, as in the docstring; a prompt of one token; a full row."""
     mask = rlhf.action_mask(tensor([3, 1, 2]), tensor([6, 2, 8]), 8)
-    assert mask.tolist() == [
-        [0, 0, 1, 1, 1, 0, 0],
-        [1, 0, 0, 0, 0, 0, 0],
-        [0, 1, 1, 1, 1, 1, 1],
-    ]
+    assert mask.tolist() == [[0, 0, 1, 1, 1, 0, 0],
+                             [1, 0, 0, 0, 0, 0, 0],
+                             [0, 1, 1, 1, 1, 1, 1]]
 
 def test_schedule():
     """A cosine from 1 to a tenth, halfway at half of the steps; a linear warmup if there is one."""

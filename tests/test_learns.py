@@ -1,28 +1,22 @@
-"""The whole chain learns: a world of thirty words, done in seconds, with a known gold score.
-
-Who asks for things of a kind is to get three of them, and no grumbling. The web knows the kinds but
-grumbles, demonstrations are better but not perfect, comparisons follow the gold score: every stage
-has something left to do.
-"""
+"""The whole chain learns, in a world of thirty words whose gold score is known: who asks for things
+of a kind is to get three of them, and no grumbling. The web knows the kinds but grumbles,
+demonstrations are better but not perfect, comparisons follow the gold score."""
 
 import json
 from random import Random
 
 import pytest
+import rlhf
 import torch
 from conftest import BYTES, settings, write_vocabulary
-
-import rlhf
 from data.files import EOT, decode, encode, get_tokenizer, write_jsonl
 
 KINDS = {
     "red": "apple rose brick cherry ruby".split(), "wet": "rain sea pond soup dew".split(),
-    "hot": "fire sun tea oven lava".split(), "tall": "tower tree giraffe mast pole".split(),
-}
+    "hot": "fire sun tea oven lava".split(), "tall": "tower tree giraffe mast pole".split()}
 WORDS = sum(KINDS.values(), [])
 GOLD = f'''
 KINDS = {KINDS}
-
 def gold(row, completion):
     """Share of right words, among three at least; grumbling halves it."""
     words = completion.replace(".", "").split()

@@ -4,24 +4,19 @@ import itertools
 
 import numpy as np
 import pytest
+import rlhf
 import torch
 from conftest import gpt, scalar
-from torch import tensor
-
-import model as module
-import rlhf
 from model import GPT, PRESETS, GPTConfig, ScalarModel, generate, pad_right, respond, sample
+from torch import tensor
 
 NEVER = -1  # an EOS that no token equals
 
 def close(a, b):
     torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
-# ---- the architecture --------------------------------------------------------------------------
-
 @pytest.mark.parametrize("preset, count", [
-    ("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-xl", 1_557_611_200),
-])
+    ("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-xl", 1_557_611_200)])
 def test_presets_have_the_parameters_of_gpt2(preset, count):
     with torch.device("meta"):  # shapes without memory
         model = GPT(GPTConfig(**PRESETS[preset]))
@@ -75,12 +70,9 @@ def test_forward_is_gpt2s():
     policy.train()
     assert not torch.equal(policy(tokens), policy(tokens))
 
-# ---- what a token sees -------------------------------------------------------------------------
-
 @pytest.mark.parametrize("network", [gpt, scalar])
 def test_causality(network):
-    """A change of token t reaches the columns from t on, and no column before it; nor does it
-    matter how many columns there are, so that padding is invisible."""
+    """A change of token t reaches the columns from t on, and none before; nor does padding."""
     net, tokens = network(), torch.randint(11, (1, 29))
     for t in range(29):
         other = tokens.clone()
@@ -102,15 +94,13 @@ def test_score_is_read_at_the_last_token():
     close(changed[0], scores[0])
     assert abs(changed[1] - scores[1]) > 1e-3
 
-# ---- generate ----------------------------------------------------------------------------------
-
 def test_cached_steps_equal_the_full_forward_pass(policy, prompts, monkeypatch):
     """The logits of every step are those of a whole forward pass over the row so far."""
     seen = []
     def record(logits, temperature):
         seen.append(logits)
         return sample(logits, temperature)
-    monkeypatch.setattr(module, "sample", record)
+    monkeypatch.setattr("model.sample", record)
     tokens, prompt_lens, _ = generate(policy, prompts, 12, NEVER)
     assert len(seen) == 12
     for i, n in enumerate(prompt_lens):
@@ -143,8 +133,6 @@ def test_a_row_may_fill_the_context_and_no_more(policy):
         with pytest.raises(ValueError, match="prompts need 1 to"):
             generate(policy, prompts, new, 0)
 
-# ---- what is sampled is what is scored ---------------------------------------------------------
-
 
 class Doubled(torch.nn.Linear):
     def forward(self, x):
@@ -152,11 +140,10 @@ class Doubled(torch.nn.Linear):
 
 @pytest.mark.parametrize("change", ["nothing", "linear", "activation"])
 def test_a_changed_network_samples_what_it_trains(prompts, monkeypatch, change):
-    """A subclass of nn.Linear, another activation: nothing that samples knows better, so that the
-    log-probabilities of `respond` are those of `token_logprobs`."""
+    """Nothing that samples knows better: its log-probabilities are those that are scored."""
     plain = gpt()
     if change == "linear":
-        monkeypatch.setattr(module.nn, "Linear", Doubled)
+        monkeypatch.setattr("model.nn.Linear", Doubled)
     changed = gpt()
     changed.load_state_dict(plain.state_dict())
     if change == "activation":

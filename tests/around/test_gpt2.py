@@ -95,8 +95,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path, model, name, shape):
     ("n_head", 5), ("n_embd", 48), ("activation_function", "gelu"), ("activation_function", None),
     ("layer_norm_epsilon", 1e-6), ("scale_attn_weights", False), ("model_type", "gpt_neo"),
     ("scale_attn_by_inverse_layer_idx", True), ("add_cross_attention", True),
-    ("tie_word_embeddings", False),
-])
+    ("tie_word_embeddings", False)])
 def test_a_config_of_another_model_is_refused(tmp_path, model, field, value):
     assert same(load_gpt2(write_folder(tmp_path, model, n_inner=96)), model)
     with pytest.raises(UserError, match="cannot be used"):
@@ -126,8 +125,7 @@ DAMAGED = [
     *(safetensors(TWO, b=B | {"dtype": dtype}) for dtype in ("F8_E4M3", "I32", "F64", [])),
     safetensors(TWO, b=7), safetensors(TWO, b={"dtype": "F32"}),
     safetensors(TWO, a=B | {"shape": [10**12], "data_offsets": [0, 4 * 10**12]},
-                b=B | {"shape": [10 - 10**12], "data_offsets": [4 * 10**12, 40]}),
-]
+                b=B | {"shape": [10 - 10**12], "data_offsets": [4 * 10**12, 40]})]
 
 def test_damaged_safetensors_files_are_one_sentence(tmp_path):
     path = tmp_path / "model.safetensors"

@@ -122,8 +122,7 @@ def test_ranks_belong_to_the_completions_in_the_file(folder, type_in, fixed):
 
 @pytest.mark.parametrize("line, ranks", [
     ("2 1 3", [1, 0, 2]), ("2 1=3", [1, 0, 1]), ("1 = 2 =3", [0, 0, 0]), (" 3  2=1 ", [1, 1, 0]),
-    ("2 2 1", []), ("1 2", []), ("1 2 3 4", []), ("", []), ("1= 2 3 =", []), ("1 2 ３", []),
-])
+    ("2 2 1", []), ("1 2", []), ("1 2 3 4", []), ("", []), ("1= 2 3 =", []), ("1 2 ３", [])])
 def test_a_ranking_in_one_line(line, ranks):
     assert label.ranking(line, 3) == ranks
 
@@ -301,8 +300,7 @@ def test_agreement_of_labelers_and_of_heldout_ones(folder, type_in):
     ("--write --blind a b", "one at a time"),
     ("--blind a b --by {0}/judge.pt", "for people"),
     ("--agreement {0}/prompts.jsonl", "line 1: labeler should be"),
-    ("--models a", "only know the fable: say who ranks with --by"),
-])
+    ("--models a", "only know the fable: say who ranks with --by")])
 def test_a_mistake_is_one_sentence(folder, type_in, flags, sentence):
     with pytest.raises(SystemExit, match=re.escape(sentence)):
         type_in(flags, "1 2 3 4")

@@ -125,8 +125,7 @@ def test_the_readmes_environment_is_one(tmp_path, monkeypatch, capsys):
     assert "| right | short | RM score |" in capsys.readouterr().out
 
 def test_train_sh_needs_pairs_alone(tmp_path):
-    """FEEDBACK="mine pairs.jsonl" ./train.sh gpt2 ends in a table, in a folder with a blank, from
-    a tiny model in the place of GPT-2."""
+    """From a tiny model in the place of GPT-2 to a table, in a folder with a blank."""
     data = write_vocabulary(tmp_path / "my out/data")
     known = fingerprint(get_tokenizer(data))
     model = gpt(vocab_size=257, block_size=64, n_layer=1, vocabulary=known)

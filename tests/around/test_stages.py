@@ -48,8 +48,7 @@ def test_a_stage_leaves_a_model_and_a_log(project):
 
 @pytest.mark.parametrize("missing, columns", [
     ("nothing", ""), ("pretrain_valid.txt", "held-out loss"), ("probes.jsonl", "in-context"),
-    ("rm.pt", "RM score"), ("ppo_init.pt", "KL"), ("sft.pt", "win rate,±"),
-])
+    ("rm.pt", "RM score"), ("ppo_init.pt", "KL"), ("sft.pt", "win rate,±")])
 def test_the_table_has_every_row_and_every_column_that_it_can(project, capsys, missing, columns):
     for path in project.rglob(missing):
         path.unlink()
@@ -119,7 +118,6 @@ def test_misspelt_names_are_said(project, capsys):
     assert list(table(project)) == ["sft", "ppo_init"]
 
 def test_another_vocabulary_of_the_same_size(project):
-    """The one that a model was trained on is in its checkpoint."""
     shape = dict(vocab_size=257, block_size=24, n_embd=8, n_layer=1)
     rlhf.save(project / "out/gpt.pt", gpt(**shape, vocabulary="another"))
     refused("another vocabulary", "sft", project)
