@@ -83,8 +83,8 @@ def train(cfg: rlhf.PPO, config: GPTConfig) -> Row:
 def ppo(cfg: rlhf.PPO, config: GPTConfig) -> Row:
     """Few responses end early, as random weights seldom choose EOS: all count in full."""
     rows, out = cfg.rollout_size, Path(cfg.out)
-    tokens = [bytes([i]) for i in range(256)]
-    tokens += [i.to_bytes(4, "big") for i in range(256, config.vocab_size - 1)]  # are in no prompt
+    tokens = [bytes([i]) for i in range(256)]  # and as many as it takes that no prompt contains
+    tokens += [i.to_bytes(4, "big") for i in range(256, config.vocab_size - 1)]
     (out / "tokenizer.tiktoken").write_text(tiktoken_file(tokens))
     prompts = [{"prompt": f"\n\nHuman: {i:011d}\n\nAssistant:"} for i in range(rows)]
     write_jsonl(out / "prompts.jsonl", prompts)
