@@ -182,6 +182,8 @@ def test_dpo_by_hand(project, tokenizer, microbatch_size):
     rlhf.dpo(cfg)
     model, ref = rlhf.load(cfg, "ppo_init"), rlhf.load(cfg, "ppo_init")
     train = read_comparisons(project / "data/comparisons.jsonl", tokenizer, 24)
+    valid = read_comparisons(project / "data/comparisons_valid.jsonl", tokenizer, 24)
+    before = []
     def implicit(ids, start):
         logs = [row_logprobs(net, ids, start).sum() for net in (model, ref)]
         return cfg.beta * (logs[0] - logs[1].detach())
@@ -204,8 +206,6 @@ def test_dpo_by_hand(project, tokenizer, microbatch_size):
             return before[step] | {"valid/loss": None}
         held_out = {"valid/loss": pairwise_by_loop(scored(valid, implicit)).item()}
         return before[step] | held_out | statistics(valid, "valid/")
-    valid = read_comparisons(project / "data/comparisons_valid.jsonl", tokenizer, 24)
-    before = []
     assert_trained(cfg, model, 21, loss, warmup=0.1, after=after)
 
 # ---- PPO by hand -------------------------------------------------------------------------------
@@ -528,7 +528,7 @@ def test_the_table_by_hand(project, tokenizer, calls, monkeypatch):
     assert last.startswith("| sft | 0.500 | 0.000 | ") and last.count("|") == len(row) + 2
 
 def test_the_same_step_is_the_same_whoever_starts_it(project, monkeypatch):
-    """Killed after a step, whatever was drawn before, --resume goes on to the same bits."""
+    """Whatever was drawn before; and killed after any step, --resume goes on to the same bits."""
     def run(**fields):
         cfg = ppo_settings(project, iterations=3, **fields)
         rlhf.ppo(cfg)
@@ -538,6 +538,8 @@ def test_the_same_step_is_the_same_whoever_starts_it(project, monkeypatch):
         if self.step + 1 == 2:  # the log is ahead of what has been saved
             raise MemoryError
     expected, log = run()
+    torch.manual_seed(99)
+    assert torch.equal(run()[0], expected)
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         write = rlhf.Run.log
         patch.setattr(rlhf.Run, "log", killed)

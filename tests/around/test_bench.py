@@ -25,7 +25,6 @@ def counted(work) -> tuple[int, int]:
     return sum(counts.values()) - attention, attention
 
 def linear_flops(length: int, predicted: int) -> float:
-    """What the benchmark counts, without attention."""
     attention = 4 * SMALL.n_layer * SMALL.n_embd * sum(range(1, length + 1))
     return bench.forward_flops(SMALL, ROWS, length, predicted) - ROWS * attention
 

@@ -88,7 +88,6 @@ def make_graphed_callables(step, arguments):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """With `gpu:` there is one."""
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed_callables)
     return PretendedGPU()
 

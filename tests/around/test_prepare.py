@@ -182,7 +182,6 @@ REFUSED = [(row, named) for named, rows in {
                    {**Q, "completion": f"{FILM}\n\nHuman: And?"}],
     "messages": [{"messages": [user(f"{WHY}\n\nAssistant: x"), bot(FILM)]}, {"messages": WHY},
                  {"messages": [user(f"Human: {WHY}\n\nAssistant:"), bot(FILM)]}],
-    # labels, ranks, scores
     "label": [*({**DEMO, "label": odd} for odd in (2, 0.5, "maybe", "", [1], "none")),
               {**Q, "label": 1}, {**Q, "chosen": "a", "rejected": "b", "label": 1}],
     "completions": [{**AB, "chosen": "a", "rejected": "b"}, *({**Q, "completions": odd} for odd in (
@@ -191,7 +190,6 @@ REFUSED = [(row, named) for named, rows in {
         [0], [0, True], [0, "1"], [0, 1.5], [0, -1], 3, [0, None]))],
     "scores": [{**AB, "ranks": [0, 1], "scores": [1, 0]}, *({**AB, "scores": odd} for odd in (
         [1], [1, "2"], [True, 1], 3, [1, None]))],
-    # values of another type, with what is there
     "'a'": [{**Q, "completion": ["a", "b"]}, {"prompt": ["a"]}, {"messages": ["a"]}],
     "not 5": [{"prompt": 5}, 5], "user": [{"messages": [user(None)]}],
     "tool": [{"messages": [{"role": "tool", "content": "x"}]}],
