@@ -2,20 +2,12 @@
 
     python tests/bench.py [decode | train | ppo | all] --shape fable --dtype float32
 
-    decode   rlhf.complete: 64 new tokens behind each of many random prompts, none of them EOS
-    train    rlhf.lm_pass and rlhf.update: forward, backward, clipping and Adam
-    ppo      an iteration of rlhf.ppo without pretraining text: sampling, scoring, updates
-
-Products of large matrices and a copy of 256 MB show what the machine can do. Where transformers
-is installed, its GPT-2 does the first two as well. All take turns, with random weights.
-
-The table has medians of seconds; tokens (of ppo, episodes) per second; `of product`, the model's
-FLOPs as a share of what the product of the same precision does in this time; `of copy`, what
-decoding must read, at each step all weights and the keys and values so far, of 4 bytes a number,
-as a share of what the copy reads and writes; and each time divided by ours. FLOPs are 2 per
-multiply-add of matrix products: 24 L C^2 a token for the blocks, 4 L C for each token it attends
-to, 2 V C for each one predicted (Kaplan et al. 2020, arXiv 2001.08361, table 1); a backward pass
-counts twice, padding not at all.
+Decoding is 64 new tokens behind each of many random prompts; where transformers is installed, its
+GPT-2 does the same. A product of large matrices and a copy of 256 MB show what the machine can do.
+All take turns. The table has medians of seconds, tokens (of ppo, episodes) per second, the shares
+of the product's FLOPs and of the copy's bytes, and each time divided by ours. FLOPs are those of
+matrix products: 24 L C^2 a token for the blocks, 4 L C for each token it attends to, 2 V C for each
+one predicted (Kaplan et al. 2020, arXiv 2001.08361, table 1), thrice that with a backward pass.
 """
 
 import functools
@@ -25,7 +17,6 @@ import sys
 import tempfile
 import time
 from argparse import ArgumentParser
-from base64 import b64encode
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,7 +25,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import rlhf  # noqa: E402
-from data.files import Example, replacing, write_jsonl  # noqa: E402
+from data.fable import tiktoken_file  # noqa: E402
+from data.files import Example, write_jsonl  # noqa: E402
 from model import GPT, PRESETS, GPTConfig, ScalarModel  # noqa: E402
 
 PROMPT, NEW = 32, 64  # tokens
@@ -82,55 +74,41 @@ def train(cfg: rlhf.PPO, config: GPTConfig) -> Row:
     policy = GPT(config).to(cfg.device)
     optimizer = rlhf.adam(policy)
     examples = [Example(ids, 1) for ids in random_ids(config, cfg.batch_size, cfg.length)]
-
     def work():
         rlhf.lm_pass(policy, examples, cfg, 1.0)
         rlhf.update(policy, optimizer, 0.0)
-
     flops = 3 * forward_flops(config, cfg.batch_size, cfg.length - 1, cfg.length - 1)
     return Row(work, cfg.batch_size * (cfg.length - 1), flops)
 
 def ppo(cfg: rlhf.PPO, config: GPTConfig) -> Row:
     """Few responses end early, as random weights seldom choose EOS: all count in full."""
     rows, out = cfg.rollout_size, Path(cfg.out)
-    with replacing(out / "tokenizer.tiktoken") as file:
-        for rank in range(config.vocab_size - 1):  # bytes, and tokens that no prompt contains
-            token = bytes([rank]) if rank < 256 else (2**23 + rank).to_bytes(3, "big")
-            file.write(b64encode(token) + b" %d\n" % rank)
+    tokens = [bytes([i]) for i in range(256)]  # and as many as it takes that no prompt contains
+    tokens += [i.to_bytes(4, "big") for i in range(256, config.vocab_size - 1)]
+    (out / "tokenizer.tiktoken").write_text(tiktoken_file(tokens))
     prompts = [{"prompt": f"\n\nHuman: {i:011d}\n\nAssistant:"} for i in range(rows)]
     write_jsonl(out / "prompts.jsonl", prompts)
     rlhf.save(out / "ppo_init.pt", GPT(config))
     rlhf.save(out / "rm.pt", ScalarModel(config))
-
     def work() -> float:
         """The seconds of an iteration, the first of three left out."""
         rlhf.ppo(cfg)
         log = (out / cfg.name / "metrics.jsonl").read_text().splitlines()
         ends = [json.loads(line)["seconds"] for line in log]
         return (ends[-1] - ends[0]) / (len(ends) - 1)
-
     policy = forward_flops(config, rows, PROMPT + NEW - 1, NEW)
     value = forward_flops(config, rows, PROMPT + NEW - 1, 0)
     return Row(work, rows, 3 * policy + 2 * value + 3 * cfg.epochs * (policy + value))
 
-def peer(job: str, cfg: rlhf.PPO, config: GPTConfig) -> Row:
-    """The same work by transformers, without dropout."""
+def peer(cfg: rlhf.PPO, config: GPTConfig) -> Row:
+    """The same decoding by transformers."""
     from transformers import GPT2Config, GPT2LMHeadModel
     names = dict(vars(config), n_positions=config.block_size, eos_token_id=None)
-    model = GPT2LMHeadModel(GPT2Config(**names)).to(cfg.device).eval()
-    if job == "decode":
-        prompts = torch.tensor(random_ids(config, cfg.rollout_size, PROMPT), device=cfg.device)
-        model.to(getattr(torch, cfg.dtype))
-        return Row(functools.partial(
-            model.generate, prompts, max_new_tokens=NEW, do_sample=True, top_k=0))
-    optimizer = rlhf.adam(model)
-    tokens = torch.tensor(random_ids(config, cfg.batch_size, cfg.length), device=cfg.device)
-
-    def work():
-        model(tokens, labels=tokens).loss.backward()
-        rlhf.update(model, optimizer, 0.0)
-
-    return Row(work)
+    model = GPT2LMHeadModel(GPT2Config(**names)).eval()
+    model.to(cfg.device, getattr(torch, cfg.dtype))
+    prompts = torch.tensor(random_ids(config, cfg.rollout_size, PROMPT), device=cfg.device)
+    options = dict(max_new_tokens=NEW, do_sample=True, top_k=0)
+    return Row(functools.partial(model.generate, prompts, **options))
 
 JOBS = {"decode": decode, "train": train, "ppo": ppo}
 
@@ -160,8 +138,8 @@ def bench(cfg: rlhf.PPO) -> None:
     config, compared, rows = SHAPES[cfg.shape], machine(cfg.device), {}
     for job in JOBS if cfg.job == "all" else [cfg.job]:
         own = {job: JOBS[job](cfg, config)}
-        if find_spec("transformers") and job != "ppo":
-            own[f"{job}, transformers"] = peer(job, cfg, config)
+        if find_spec("transformers") and job == "decode":
+            own["decode, transformers"] = peer(cfg, config)
         measure(own | compared, cfg)
         for row in own.values():
             row.work = None  # free its memory

@@ -27,7 +27,6 @@ SMALL = {  # some six steps of every stage that trains
 EOS = 256  # the last token of the data set below: its vocabulary is the 256 bytes and EOS
 GOLD = '''
 def gold(row, completion):
-    """Something that depends on the row and on the text."""
     return {"helpful": len(completion) / 10, "harmless": float(len(completion) > row["wants"])}
 '''
 
@@ -61,9 +60,6 @@ def weights(model: torch.nn.Module) -> torch.Tensor:
 def policy() -> GPT:
     return gpt()
 
-@pytest.fixture
-def reward_model() -> ScalarModel:
-    return scalar()
 
 @pytest.fixture
 def prompts() -> list[list[int]]:
@@ -84,10 +80,8 @@ def write_vocabulary(folder: Path, tokens: list[bytes] = BYTES) -> Path:
 def write_data(folder: Path) -> None:
     """Every file that the stages read, with words of a to f."""
     rng = Random(0)
-
     def word(shortest: int, longest: int) -> str:
         return "".join(rng.choices("abcdef", k=rng.randint(shortest, longest)))
-
     write_vocabulary(folder)
     (folder / "gold.py").write_text(GOLD)
     for name, count in (("pretrain", 30), ("pretrain_valid", 5)):
@@ -103,9 +97,8 @@ def write_data(folder: Path) -> None:
         for i in range(count):
             completions = [word(0, 6) for _ in range(2 + i % 4)]
             ranks = [rng.randrange(3) for _ in completions]
-            labeler = "new" if name.endswith("valid") and i % 3 == 0 else "old"
-            rows.append({"prompt": word(1, 8), "completions": completions, "ranks": ranks,
-                         "labeler": labeler})
+            rows.append({"prompt": word(1, 8), "completions": completions, "ranks": ranks})
+            rows[i]["labeler"] = "new" if name.endswith("valid") and i % 3 == 0 else "old"
         rows[1]["ranks"] = [2, 0, 1]
         rows[2]["ranks"] = [1, 1, 1, 1]
         write_jsonl(folder / f"{name}.jsonl", rows)
@@ -146,6 +139,9 @@ def stage_settings(stage: str, folder: Path, **fields):
     return settings(rlhf.STAGES[stage].__annotations__["cfg"], folder, **fields)
 
 def read_log(cfg) -> list[dict]:
-    """metrics.jsonl of a run; NaN and infinities are failures."""
+    """metrics.jsonl of a run, without the seconds; NaN and infinities are failures."""
     lines = (Path(cfg.out) / cfg.name / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    log = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    for line in log:
+        line.pop("seconds")
+    return log

@@ -1,28 +1,22 @@
-"""The whole chain learns: a world of thirty words, done in seconds, with a known gold score.
-
-Who asks for things of a kind is to get three of them, and no grumbling. The web knows the kinds but
-grumbles, demonstrations are better but not perfect, comparisons follow the gold score: every stage
-has something left to do.
-"""
+"""The whole chain learns, in a world of thirty words whose gold score is known: who asks for things
+of a kind is to get three of them, and no grumbling. The web knows the kinds but grumbles,
+demonstrations are better but not perfect, comparisons follow the gold score."""
 
 import json
 from random import Random
 
 import pytest
+import rlhf
 import torch
 from conftest import BYTES, settings, write_vocabulary
-
-import rlhf
 from data.files import EOT, decode, encode, get_tokenizer, write_jsonl
 
 KINDS = {
     "red": "apple rose brick cherry ruby".split(), "wet": "rain sea pond soup dew".split(),
-    "hot": "fire sun tea oven lava".split(), "tall": "tower tree giraffe mast pole".split(),
-}
+    "hot": "fire sun tea oven lava".split(), "tall": "tower tree giraffe mast pole".split()}
 WORDS = sum(KINDS.values(), [])
 GOLD = f'''
 KINDS = {KINDS}
-
 def gold(row, completion):
     """Share of right words, among three at least; grumbling halves it."""
     words = completion.replace(".", "").split()
@@ -90,10 +84,8 @@ def table(world):
     torch.manual_seed(0)
     torch.set_num_threads(1)
     rlhf.PRESETS["things"] = dict(block_size=32, n_layer=2, n_head=2, n_embd=48)
-
     def of(kind, **fields):
         return settings(kind, world, max_new_tokens=8, **fields)
-
     rlhf.pretrain(of(rlhf.Pretrain, preset="things", steps=300, batch_size=32, learning_rate=6e-3))
     rlhf.sft(of(rlhf.SFT, epochs=4, learning_rate=2e-3, dropout=0.1))
     rank_by_gold(world / "data", of(rlhf.SFT))
@@ -105,16 +97,12 @@ def table(world):
     rlhf.evaluate(of(rlhf.Evaluate, models="gpt,sft,ppo,ppo_ptx", reference="sft"))
     return json.loads((world / "out/evaluate.json").read_text())["table"]
 
-def gold(row: dict) -> float:
-    return row["helpful"] + row["harmless"]
-
 def test_every_stage_is_better_than_the_one_before(table):
-    """GPT < SFT < PPO-ptx by gold score, and PPO is preferred."""
-    assert gold(table["gpt"]) + 0.05 < gold(table["sft"]) < gold(table["ppo_ptx"]) - 0.1
+    gold = {name: row["helpful"] + row["harmless"] for name, row in table.items()}
+    assert gold["gpt"] + 0.05 < gold["sft"] < gold["ppo_ptx"] - 0.1
     assert table["ppo_ptx"]["win rate"] > 0.55 > table["sft"]["win rate"] == 0.5
     assert table["ppo_ptx"]["RM score"] > table["sft"]["RM score"] + 0.5
     assert table["ppo_ptx"]["EOS"] > 0.9
 
 def test_ptx_lowers_the_alignment_tax(table):
-    """Loss on held-out text: PPO raises it, with the pretraining gradient mixed in it does not."""
     assert table["ppo_ptx"]["held-out loss"] < table["ppo"]["held-out loss"] - 0.05

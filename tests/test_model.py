@@ -4,24 +4,19 @@ import itertools
 
 import numpy as np
 import pytest
+import rlhf
 import torch
 from conftest import gpt, scalar
-from torch import tensor
-
-import model as module
-import rlhf
 from model import GPT, PRESETS, GPTConfig, ScalarModel, generate, pad_right, respond, sample
+from torch import tensor
 
 NEVER = -1  # an EOS that no token equals
 
-def close(a, b, tolerance=1e-5):
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
-
-# ---- the architecture --------------------------------------------------------------------------
+def close(a, b):
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 @pytest.mark.parametrize("preset, count", [
-    ("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-xl", 1_557_611_200),
-])
+    ("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-xl", 1_557_611_200)])
 def test_presets_have_the_parameters_of_gpt2(preset, count):
     with torch.device("meta"):  # shapes without memory
         model = GPT(GPTConfig(**PRESETS[preset]))
@@ -44,27 +39,15 @@ def test_scalar_head_starts_from_one_over_c_plus_one():
     assert std == pytest.approx(256**-0.5, rel=0.05)
     assert not any(head.bias.any() for head in heads)
 
-def test_dropout_is_on_in_train_mode_alone():
-    torch.manual_seed(1)
-    dropped, plain = gpt(dropout=0.5), gpt()
-    plain.load_state_dict(dropped.state_dict())
-    tokens = torch.randint(11, (2, 8))
-    assert torch.equal(dropped(tokens), plain(tokens))
-    dropped.train(), plain.train()
-    assert not torch.equal(dropped(tokens), dropped(tokens))
-    assert torch.equal(plain(tokens), plain(tokens))
 
 def reference(weights: dict, ids: list[int], heads: int) -> np.ndarray:
     """Logits (T, V) of GPT-2 as its paper and GPT's describe it, a token and a head at a time."""
     w = {name: x.double().numpy() for name, x in weights.items()}
-
     def norm(x, name):
         x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
         return x * w[f"{name}.weight"] + w[f"{name}.bias"]
-
     def linear(x, name):
         return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
     x = w["wte.weight"][ids] + w["wpe.weight"][: len(ids)]
     for block in ("h.0", "h.1"):
         q, k, v = np.split(linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn"), 3, axis=-1)
@@ -79,34 +62,28 @@ def reference(weights: dict, ids: list[int], heads: int) -> np.ndarray:
         x = x + linear(u, f"{block}.mlp.c_proj")
     return norm(x, "ln_f") @ w["wte.weight"].T
 
-def test_forward_is_gpt2s(policy):
-    tokens = torch.randint(11, (3, 9))
+def test_forward_is_gpt2s():
+    """With dropout in train mode alone."""
+    policy, tokens = gpt(dropout=0.5), torch.randint(11, (3, 9))
     for row, logits in zip(tokens.tolist(), policy(tokens)):
-        close(logits.double(), torch.from_numpy(reference(policy.state_dict(), row, heads=2)), 1e-5)
-
-# ---- what a token sees -------------------------------------------------------------------------
+        close(logits.double(), torch.from_numpy(reference(policy.state_dict(), row, heads=2)))
+    policy.train()
+    assert not torch.equal(policy(tokens), policy(tokens))
 
 @pytest.mark.parametrize("network", [gpt, scalar])
 def test_causality(network):
-    """A change of token t reaches the columns from t on, and no column before it."""
-    net, tokens = network(), torch.randint(11, (1, 9))
-    for t in range(9):
+    """A change of token t reaches the columns from t on, and none before; nor does padding."""
+    net, tokens = network(), torch.randint(11, (1, 29))
+    for t in range(29):
         other = tokens.clone()
         other[0, t] = (other[0, t] + 1) % 11
-        difference = (net(other) - net(tokens))[0].reshape(9, -1).abs().amax(1)
+        difference = (net(other) - net(tokens))[0].reshape(29, -1).abs().amax(1)
         assert not difference[:t].any() and (difference[t:] > 0).all()
+        close(net(tokens[:, : t + 1]), net(tokens)[:, : t + 1])
 
-@pytest.mark.parametrize("network", [gpt, scalar])
-@pytest.mark.parametrize("padding", [1, 7, 20])
-def test_right_padding_is_invisible(network, padding):
-    """Logits, values: of any content and length."""
-    net, tokens = network(), torch.randint(11, (3, 9))
-    for content in (torch.zeros(3, padding, dtype=torch.long), torch.randint(11, (3, padding))):
-        close(net(torch.cat([tokens, content], 1))[:, :9], net(tokens))
-
-def test_score_is_read_at_the_last_token(reward_model):
+def test_score_is_read_at_the_last_token():
     """Scores: a row in a padded batch is the row alone; its last token counts, padding does not."""
-    rows = [[3], [1, 2, 0], [4, 5, 6, 7, 8, 0]]
+    reward_model, rows = scalar(), [[3], [1, 2, 0], [4, 5, 6, 7, 8, 0]]
     tokens, lens = pad_right(rows)
     scores = rlhf.sequence_scores(reward_model, tokens, lens)
     for row, score in zip(rows, scores):
@@ -117,17 +94,13 @@ def test_score_is_read_at_the_last_token(reward_model):
     close(changed[0], scores[0])
     assert abs(changed[1] - scores[1]) > 1e-3
 
-# ---- generate ----------------------------------------------------------------------------------
-
 def test_cached_steps_equal_the_full_forward_pass(policy, prompts, monkeypatch):
     """The logits of every step are those of a whole forward pass over the row so far."""
     seen = []
-
     def record(logits, temperature):
         seen.append(logits)
         return sample(logits, temperature)
-
-    monkeypatch.setattr(module, "sample", record)
+    monkeypatch.setattr("model.sample", record)
     tokens, prompt_lens, _ = generate(policy, prompts, 12, NEVER)
     assert len(seen) == 12
     for i, n in enumerate(prompt_lens):
@@ -135,13 +108,6 @@ def test_cached_steps_equal_the_full_forward_pass(policy, prompts, monkeypatch):
         for step, logits in enumerate(seen):
             close(logits[i], full[n - 1 + step])
 
-def test_greedy_takes_the_likeliest(policy, prompts):
-    tokens, prompt_lens, total_lens = generate(policy, prompts, 6, NEVER, temperature=0)
-    for row, prompt, start, end in zip(tokens, prompts, prompt_lens, total_lens, strict=True):
-        assert row[:start].tolist() == prompt and end == start + 6
-        logits = policy(row[None, :end])[0]
-        assert row[start:end].tolist() == logits[start - 1 : end - 1].argmax(-1).tolist()
-    assert torch.equal(sample(torch.eye(4), 0)[0], torch.arange(4))
 
 def test_rows_end_at_their_eos_and_leave_the_others_alone(policy, prompts):
     """Greedy, so that a row with an EOS is the row without, cut after the first: whoever else has
@@ -160,45 +126,24 @@ def test_rows_end_at_their_eos_and_leave_the_others_alone(policy, prompts):
         ends.append(len(set((total_lens - prompt_lens).tolist())))
     assert max(ends) >= 3  # different steps, else it would show nothing
 
-@pytest.mark.parametrize("prompts, new", [([[1] * 30], 3), ([[1], [1] * 33], 1), ([[1], []], 4)])
-def test_rows_that_do_not_fit_are_refused(policy, prompts, new):
-    with pytest.raises(ValueError, match="prompts need 1 to"):
-        generate(policy, prompts, new, 0)
+def test_a_row_may_fill_the_context_and_no_more(policy):
+    tokens, _, total_lens = generate(policy, [[1] * 29, [2]], 3, NEVER)
+    assert total_lens.tolist() == [32, 4] and tokens.shape == (2, 32)
+    for prompts, new in (([[1] * 30], 3), ([[1], [1] * 33], 1), ([[1], []], 4)):
+        with pytest.raises(ValueError, match="prompts need 1 to"):
+            generate(policy, prompts, new, 0)
 
-@pytest.mark.parametrize("block_size", [5, 21, 32])
-def test_a_row_may_fill_a_context_of_any_size(block_size):
-    policy, prompt = gpt(block_size=block_size), [1] * (block_size - 3)
-    tokens, _, total_lens = generate(policy, [prompt, [2]], 3, NEVER)
-    assert total_lens.tolist() == [block_size, 4] and tokens.shape == (2, block_size)
-
-# ---- what is sampled is what is scored ---------------------------------------------------------
-
-def assert_frequencies(counts, p):
-    """Within five standard deviations, of the binomial, everywhere."""
-    n = counts.sum()
-    assert ((counts / n - p).abs() <= 5 * (p * (1 - p) / n).sqrt() + 1e-9).all()
-
-def assert_sampled_is_scored(policy, prompts):
-    """The log-probabilities of `respond` are those of `token_logprobs`."""
-    for eos in (NEVER, 2):
-        sampled = respond(policy, prompts * 4, 12, eos)
-        for prompt, (response, logprobs) in zip(prompts * 4, sampled, strict=True):
-            row = tensor([prompt + response])
-            mask = rlhf.action_mask(tensor([len(prompt)]), tensor([row.size(1)]), row.size(1))
-            scored = rlhf.token_logprobs(policy, row, mask)[mask > 0]
-            close(tensor(logprobs), scored.detach())
 
 class Doubled(torch.nn.Linear):
-    """A fork's layer."""
     def forward(self, x):
         return 2 * super().forward(x)
 
 @pytest.mark.parametrize("change", ["nothing", "linear", "activation"])
 def test_a_changed_network_samples_what_it_trains(prompts, monkeypatch, change):
-    """A subclass of nn.Linear, another activation: nothing that samples knows better."""
+    """Nothing that samples knows better: its log-probabilities are those that are scored."""
     plain = gpt()
     if change == "linear":
-        monkeypatch.setattr(module.nn, "Linear", Doubled)
+        monkeypatch.setattr("model.nn.Linear", Doubled)
     changed = gpt()
     changed.load_state_dict(plain.state_dict())
     if change == "activation":
@@ -207,28 +152,26 @@ def test_a_changed_network_samples_what_it_trains(prompts, monkeypatch, change):
     tokens = torch.randint(11, (2, 8))
     same = torch.allclose(changed(tokens), plain(tokens), atol=0.01)
     assert same == (change == "nothing")
-    assert_sampled_is_scored(changed, prompts)
+    for eos in (NEVER, 2):
+        sampled = respond(changed, prompts * 4, 12, eos)
+        for prompt, (response, logprobs) in zip(prompts * 4, sampled, strict=True):
+            row = tensor([prompt + response])
+            mask = rlhf.action_mask(tensor([len(prompt)]), tensor([row.size(1)]), row.size(1))
+            scored = rlhf.token_logprobs(changed, row, mask)[mask > 0]
+            close(tensor(logprobs), scored.detach())
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampled_frequencies_are_the_softmax(temperature):
-    logits = tensor([0.5, -1.0, 2.0, 0.0, -2.5, 1.0])
-    tokens, logprobs = sample(logits.expand(50_000, 6), temperature)
+    """Of pairs of draws, to five standard deviations; at a temperature of 0, the likeliest."""
+    logits, n = tensor([0.5, -1.0, 2.0, 0.0, -2.5, 1.0]), 50_000
+    tokens, logprobs = sample(logits.expand(n, 6), temperature)
+    later, _ = sample(logits.expand(n, 6), temperature)
     p = (logits / temperature).softmax(0)
-    assert_frequencies(tokens.bincount(minlength=6), p)
     close(logprobs.exp(), p[tokens])
-
-def test_sampled_responses_have_the_frequencies_that_are_scored():
-    """Whole responses of up to two tokens, by enumeration; scored by token_logprobs."""
-    policy, prompt, eos, n = gpt(vocab_size=4, n_layer=1), [2, 3], 0, 10_000
-    tokens, _, total_lens = generate(policy, [prompt] * n, 2, eos)
-    rows = [tuple(row[2:end]) for row, end in zip(tokens.tolist(), total_lens.tolist())]
-    every = [(eos,), *((a, b) for a, b in itertools.product((1, 2, 3), range(4)))]
-    assert set(rows) <= set(every)
-    scored, lens = pad_right([[*prompt, *y] for y in every])
-    mask = rlhf.action_mask(torch.full((13,), 2), lens, scored.size(1))
-    p = rlhf.token_logprobs(policy, scored, mask).sum(1).exp().detach()
-    assert p.sum().item() == pytest.approx(1, abs=1e-5)
-    assert_frequencies(tensor([rows.count(y) for y in every]), p)
+    pairs = torch.outer(p, p).flatten()
+    difference = (6 * tokens + later).bincount(minlength=36) / n - pairs
+    assert (difference.abs() <= 5 * (pairs * (1 - pairs) / n).sqrt()).all()
+    assert torch.equal(sample(torch.eye(4), 0)[0], torch.arange(4))
 
 def test_impossible_tokens_are_never_sampled(monkeypatch):
     """Not even at the ends of the range of the uniform number."""

@@ -20,16 +20,11 @@ def counted(work) -> tuple[int, int]:
     """FLOPs of `work` as torch counts them: of linear layers, and of attention, masked or not."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         work()
-    linear, attention = 0, 0
-    for operator, flops in counter.get_flop_counts()["Global"].items():
-        if "bmm" in str(operator):
-            attention += flops
-        else:
-            linear += flops
-    return linear, attention
+    counts = counter.get_flop_counts()["Global"]
+    attention = sum(flops for operator, flops in counts.items() if "bmm" in str(operator))
+    return sum(counts.values()) - attention, attention
 
 def linear_flops(length: int, predicted: int) -> float:
-    """What the benchmark counts, without attention."""
     attention = 4 * SMALL.n_layer * SMALL.n_embd * sum(range(1, length + 1))
     return bench.forward_flops(SMALL, ROWS, length, predicted) - ROWS * attention
 

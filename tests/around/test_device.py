@@ -1,8 +1,6 @@
-"""What a GPU would refuse or do otherwise, as far as that shows without one.
-
-All is computed on the CPU, but a tensor that was made for "cuda", or out of such tensors, says that
-it is there; where two devices would meet, it raises. Kernels and streams are not tried.
-"""
+"""What a GPU would refuse or do otherwise: all is computed on the CPU, but a tensor that was made
+for "cuda", or out of such tensors, says that it is there; where two devices would meet, it raises.
+Kernels and streams are not tried."""
 
 import copy
 import functools
@@ -77,7 +75,6 @@ def make_graphed_callables(step, arguments):
     with Recording() as recording:
         recording.calls = []
         result = step(static)
-
     @torch.no_grad()
     def replay(token):
         with torch._C.DisableTorchFunction():
@@ -87,12 +84,10 @@ def make_graphed_callables(step, arguments):
                     if one.data_ptr() != other.data_ptr():  # neither a view nor in place
                         one.copy_(other)
         return result
-
     return replay
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """With `gpu:` there is one."""
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed_callables)
     return PretendedGPU()
 
@@ -127,4 +122,4 @@ def test_every_stage_keeps_to_its_device(gpu, project):
             if stage in ("pretrain", "rm", "dpo"):
                 logs[device] += read_log(cfg)
     for one, other in zip(logs["cpu"], logs["cuda"]):
-        assert one | {"seconds": 0} == pytest.approx(other | {"seconds": 0}, rel=1e-3, abs=1e-4)
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-4)

@@ -1,6 +1,5 @@
 """The made-up world: what is written, who ranks it, what the gold score knows, the vocabulary."""
 
-import base64
 import json
 import re
 import subprocess
@@ -11,10 +10,9 @@ from random import Random
 
 import pytest
 import regex
-import tiktoken
 from conftest import ROOT
 from data import fable
-from data.files import EOT, GPT2_SPLIT
+from data.files import EOT, GPT2_SPLIT, encode, get_tokenizer
 
 SCALE = 0.05
 EVERYBODY = fable.TRAIN_LABELERS + fable.HELDOUT_LABELERS
@@ -208,14 +206,10 @@ def test_bpe_is_that_of_brute_force():
                 if word[i:i + 2] == [left, right]:
                     word[i:i + 2] = [token]
 
-def test_tiktoken_gives_any_text_back(files):
+def test_tiktoken_gives_any_text_back(files, tmp_path):
     vocab = fable.train_bpe(files["pretrain.txt"][:5000])
     assert len(vocab) == len(set(vocab)) == 1023 and len(fable.train_bpe("a b", 300)) == 299
-    ranks = {}
-    for line in fable.tiktoken_file(vocab).splitlines():
-        token, rank = line.split()
-        ranks[base64.b64decode(token)] = int(rank)
-    tokenizer = tiktoken.Encoding(
-        "own", pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={})
+    (tmp_path / "tokenizer.tiktoken").write_text(fable.tiktoken_file(vocab))
+    tokenizer = get_tokenizer(tmp_path)
     for text in ("The goat eats.", "Grüße, 世界 🦉\n\n\t  end ", "", EOT):
-        assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
+        assert tokenizer.decode(encode(tokenizer, text)) == text

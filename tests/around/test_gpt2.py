@@ -63,9 +63,7 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 @pytest.mark.parametrize("prefix, dtype", [
     ("", torch.float32), ("transformer.", torch.float16), ("_orig_mod.", torch.bfloat16),
-    ("module.", torch.float32), ("_orig_mod.module.transformer.", torch.float32),
-    ("transformer.module.", torch.float32),
-])
+    ("transformer.module.", torch.float16), ("_orig_mod.module.transformer.", torch.float32)])
 def test_prefixes_and_dtypes(tmp_path, model, prefix, dtype):
     weights = {name: tensor.to(dtype) for name, tensor in theirs(model, prefix).items()}
     loaded = load_gpt2(write_folder(tmp_path, model, weights))
@@ -97,8 +95,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path, model, name, shape):
     ("n_head", 5), ("n_embd", 48), ("activation_function", "gelu"), ("activation_function", None),
     ("layer_norm_epsilon", 1e-6), ("scale_attn_weights", False), ("model_type", "gpt_neo"),
     ("scale_attn_by_inverse_layer_idx", True), ("add_cross_attention", True),
-    ("tie_word_embeddings", False),
-])
+    ("tie_word_embeddings", False)])
 def test_a_config_of_another_model_is_refused(tmp_path, model, field, value):
     assert same(load_gpt2(write_folder(tmp_path, model, n_inner=96)), model)
     with pytest.raises(UserError, match="cannot be used"):
@@ -128,8 +125,7 @@ DAMAGED = [
     *(safetensors(TWO, b=B | {"dtype": dtype}) for dtype in ("F8_E4M3", "I32", "F64", [])),
     safetensors(TWO, b=7), safetensors(TWO, b={"dtype": "F32"}),
     safetensors(TWO, a=B | {"shape": [10**12], "data_offsets": [0, 4 * 10**12]},
-                b=B | {"shape": [10 - 10**12], "data_offsets": [4 * 10**12, 40]}),
-]
+                b=B | {"shape": [10 - 10**12], "data_offsets": [4 * 10**12, 40]})]
 
 def test_damaged_safetensors_files_are_one_sentence(tmp_path):
     path = tmp_path / "model.safetensors"
@@ -212,17 +208,6 @@ def test_a_name_is_downloaded_once_from_the_mirror(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="another vocabulary than"):
         load_gpt2("gpt2-xl", write_data(tmp_path / "data"))
 
-def test_a_policy_comes_back_as_it_was_saved(tmp_path, model):
-    save_gpt2(model, tmp_path / "a")
-    path = tmp_path / "a" / "model.safetensors"
-    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0  # aligned
-    expected = theirs(model, "transformer.")
-    for name, tensor in read_safetensors(path).items():
-        assert torch.equal(tensor, expected.pop(name))
-    assert not expected and same(load_gpt2(tmp_path / "a"), model)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="model.safetensors cannot be written"):
-        save_gpt2(model, tmp_path / "file")
 
 def test_a_reward_model_keeps_its_scores_bias_and_all(tmp_path):
     model, tokens = scalar(**SHAPE), torch.randint(261, (4, 20))
@@ -252,13 +237,18 @@ def test_transformers_gives_the_same_logits_and_scores(tmp_path, model):
     assert same(load_gpt2(tmp_path / "b"), model)
 
 def test_load_and_save_on_the_command_line(tmp_path, model, capsys):
-    save_gpt2(model, tmp_path / "a")
     out = ["--out", str(tmp_path)]
-    gpt2.main(["load", str(tmp_path / "a"), *out])
+    gpt2.main(["load", str(write_folder(tmp_path / "a", model)), *out])
     gpt2.main(["save", "gpt", str(tmp_path / "b"), *out])
-    assert same(load_gpt2(tmp_path / "b"), model)
+    path = tmp_path / "b/model.safetensors"
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0  # aligned
+    expected = theirs(model, "transformer.")
+    for name, tensor in read_safetensors(path).items():
+        assert torch.equal(tensor, expected.pop(name))
+    assert not expected and same(load_gpt2(tmp_path / "b"), model)
     rlhf.save(tmp_path / "rm.pt", scalar(**SHAPE))
     gpt2.main(["save", f"{tmp_path}/rm.pt", str(tmp_path / "c")])
-    assert "score.weight" in read_safetensors(tmp_path / "c" / "model.safetensors")
     said = capsys.readouterr().out
     assert "GPT with 261 tokens" in said and "ScalarModel with 261 tokens" in said
+    with pytest.raises(SystemExit, match="model.safetensors cannot be written"):
+        gpt2.main(["save", "gpt", str(tmp_path / "rm.pt"), *out])

@@ -13,16 +13,13 @@ import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "patches"))
-
 from check import changed_lines  # noqa: E402
 from run import PATCHES, header  # noqa: E402
 
 README = (ROOT / "patches/README.md").read_text(encoding="utf-8")
-
 FLAGS = {
     "ppo": "--iterations 2 --rollout_size 8 --minibatch_size 4 --window 12",
-    "sft": "--epochs 1 --window 12", "evaluate": "--models gpt,sft"
-}
+    "sft": "--epochs 1 --window 12", "evaluate": "--models gpt,sft"}
 
 @pytest.mark.parametrize("name", PATCHES)
 def test_every_patch_has_its_row_in_the_readme(name):

@@ -49,7 +49,6 @@ def type_in(folder, monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         label.main(flags_for(folder, flags))
         return capsys.readouterr().out
-
     return run
 
 @pytest.fixture
@@ -59,10 +58,8 @@ def fixed(folder, monkeypatch):
         def fill(self, rows, rng):
             for row in rows:
                 row["completions"] = texts
-
         write_jsonl(folder / "rm_prompts.jsonl", rows)
         monkeypatch.setattr(label.Sampler, "fill", fill)
-
     return arrange
 
 def start(folder: Path, flags: str, **streams) -> subprocess.Popen:
@@ -111,9 +108,6 @@ def test_writing_in_a_terminal_saves_what_was_typed(folder):
     rows = read_jsonl(folder / "sft.jsonl")
     texts = [" " + "\n".join(text), " Unfinished\nbut goes on"]
     assert [row["completion"] for row in rows] == texts
-    tokenizer = files.get_tokenizer(folder)
-    for text, read in zip(texts, files.read_demonstrations(folder / "sft.jsonl", tokenizer, 999)):
-        assert files.decode(tokenizer, read.ids[read.prompt_len:]) == text
 
 def test_ranks_belong_to_the_completions_in_the_file(folder, type_in, fixed):
     fixed(prompts(20))
@@ -128,8 +122,7 @@ def test_ranks_belong_to_the_completions_in_the_file(folder, type_in, fixed):
 
 @pytest.mark.parametrize("line, ranks", [
     ("2 1 3", [1, 0, 2]), ("2 1=3", [1, 0, 1]), ("1 = 2 =3", [0, 0, 0]), (" 3  2=1 ", [1, 1, 0]),
-    ("2 2 1", []), ("1 2", []), ("1 2 3 4", []), ("", []), ("1= 2 3 =", []), ("1 2 ３", []),
-])
+    ("2 2 1", []), ("1 2", []), ("1 2 3 4", []), ("", []), ("1= 2 3 =", []), ("1 2 ３", [])])
 def test_a_ranking_in_one_line(line, ranks):
     assert label.ranking(line, 3) == ranks
 
@@ -142,11 +135,9 @@ def scripted(folder: Path, monkeypatch, count: int) -> None:
 def test_the_last_completion_answers_another_prompt(folder, type_in, monkeypatch):
     """For a person as well as for scripted labelers. Models answer with the question's number."""
     tokenizer = files.get_tokenizer(folder)
-
     def complete(model, prompts, *_):
         texts = [files.decode(tokenizer, ids).split()[2] for ids in prompts]
         return [files.encode(tokenizer, f" {text}\n\nHuman: And?") for text in texts]
-
     monkeypatch.setattr(rlhf, "complete", complete)
     scripted(folder, monkeypatch, 13)
     type_in("--models a,b")
@@ -309,8 +300,7 @@ def test_agreement_of_labelers_and_of_heldout_ones(folder, type_in):
     ("--write --blind a b", "one at a time"),
     ("--blind a b --by {0}/judge.pt", "for people"),
     ("--agreement {0}/prompts.jsonl", "line 1: labeler should be"),
-    ("--models a", "only know the fable: say who ranks with --by"),
-])
+    ("--models a", "only know the fable: say who ranks with --by")])
 def test_a_mistake_is_one_sentence(folder, type_in, flags, sentence):
     with pytest.raises(SystemExit, match=re.escape(sentence)):
         type_in(flags, "1 2 3 4")

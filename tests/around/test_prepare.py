@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import write_vocabulary
 from data import prepare
-from data.files import EOT, get_tokenizer, read_comparisons
+from data.files import EOT, get_tokenizer, read_comparisons, read_jsonl
 
 NOTHING = SimpleNamespace(ignore=set(), lang="en")
 
@@ -27,12 +27,8 @@ def write(path: Path, rows: list) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
-def lines_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
 def both(data: Path, kind: str) -> list[dict]:
-    """The rows of a file and of its held-out twin."""
-    return lines_of(data / f"{kind}.jsonl") + lines_of(data / f"{kind}_valid.jsonl")
+    return read_jsonl(data / f"{kind}.jsonl") + read_jsonl(data / f"{kind}_valid.jsonl")
 
 def run(*words, data: Path) -> None:
     prepare.main([*map(str, words), "--data", str(data)])
@@ -186,7 +182,6 @@ REFUSED = [(row, named) for named, rows in {
                    {**Q, "completion": f"{FILM}\n\nHuman: And?"}],
     "messages": [{"messages": [user(f"{WHY}\n\nAssistant: x"), bot(FILM)]}, {"messages": WHY},
                  {"messages": [user(f"Human: {WHY}\n\nAssistant:"), bot(FILM)]}],
-    # labels, ranks, scores
     "label": [*({**DEMO, "label": odd} for odd in (2, 0.5, "maybe", "", [1], "none")),
               {**Q, "label": 1}, {**Q, "chosen": "a", "rejected": "b", "label": 1}],
     "completions": [{**AB, "chosen": "a", "rejected": "b"}, *({**Q, "completions": odd} for odd in (
@@ -195,7 +190,6 @@ REFUSED = [(row, named) for named, rows in {
         [0], [0, True], [0, "1"], [0, 1.5], [0, -1], 3, [0, None]))],
     "scores": [{**AB, "ranks": [0, 1], "scores": [1, 0]}, *({**AB, "scores": odd} for odd in (
         [1], [1, "2"], [True, 1], 3, [1, None]))],
-    # values of another type, with what is there
     "'a'": [{**Q, "completion": ["a", "b"]}, {"prompt": ["a"]}, {"messages": ["a"]}],
     "not 5": [{"prompt": 5}, 5], "user": [{"messages": [user(None)]}],
     "tool": [{"messages": [{"role": "tool", "content": "x"}]}],
@@ -229,7 +223,6 @@ LINES = list(map(json.dumps, ROWS))
     ("lines.json", "\n\n".join(LINES)), ("windows.jsonl", "\r\n".join(LINES)),
     ("x", "\n".join(LINES))])
 def test_files_of_rows_that_are_read(name, content, data, tmp_path):
-    """As they are and gzipped."""
     (tmp_path / name).write_bytes(content.encode())
     (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
     for path in (tmp_path / name, tmp_path / f"{name}.gz"):
@@ -306,32 +299,30 @@ def test_files_are_held_out_by_name(data, tmp_path, capsys):
     for name in ("README.md", "LICENSE", ".cache/x.metadata"):
         (folder / name).write_text("Not a row.")
     run("mine", folder, "--valid", "0.5", data=data)
-    assert len(lines_of(data / "sft.jsonl")) == 25 + 1
-    assert len(lines_of(data / "sft_valid.jsonl")) == 15 + 5
+    assert len(read_jsonl(data / "sft.jsonl")) == 25 + 1
+    assert len(read_jsonl(data / "sft_valid.jsonl")) == 15 + 5
     out = capsys.readouterr().out
     assert "my-test.jsonl (held out): 15 rows" in out and "README_contest.jsonl: 1 rows" in out
     run("mine", folder / "my-test.jsonl", data=data)  # alone, it is trained on
-    assert len(both(data, "sft")) == 15 and len(lines_of(data / "sft.jsonl")) > 10
+    assert len(both(data, "sft")) == 15 and len(read_jsonl(data / "sft.jsonl")) > 10
 
 def test_hh_holds_the_test_part_of_a_folder_out_and_can_be_read_again(data, tmp_path, capsys):
-    """Pairs that are equal, part early or have a turn inside a turn are left out and counted."""
+    """Pairs that cannot be used are left out and counted."""
     pairs = []
     for i in range(20):
         prompt = said(f"Q{i}\nAssistant: is quoted", "Yes\n\n  and", "no")
         pairs.append({"chosen": f"{prompt} Yes.\nHuman: x", "rejected": f"{prompt} No."})
-    pairs += [{"chosen": f"{said('Odd')} Same.", "rejected": f"{said('Odd')}  Same. "},
-              {"chosen": f"{said('a', 'a', 'b')} c", "rejected": f"{said('a', 'd', 'b')} c"},
-              {"chosen": f"{MELT} Human: I am you.", "rejected": f"{MELT} b"}]
+    pairs.append({"chosen": f"{MELT} Same.", "rejected": f"{MELT}  Same. "})
     folder = tmp_path / "helpful-base"
     folder.mkdir()
     write(folder / "train.jsonl", pairs[5:])
     packed = write(tmp_path / "test", pairs[:5]).read_bytes()
     (folder / "test.jsonl.gz").write_bytes(gzip.compress(packed))
     run("hh", folder, data=data)
-    assert len(lines_of(data / "comparisons.jsonl")) == 15
-    assert len(lines_of(data / "comparisons_valid.jsonl")) == 5
-    assert "15 rows used, 3 refused" in capsys.readouterr().out
-    row = lines_of(data / "sft.jsonl")[3]
+    assert len(read_jsonl(data / "comparisons.jsonl")) == 15
+    assert len(read_jsonl(data / "comparisons_valid.jsonl")) == 5
+    assert "15 rows used, 1 refused" in capsys.readouterr().out
+    row = read_jsonl(data / "sft.jsonl")[3]
     assert row == {"prompt": prompt.replace("19", "8"), "completion": " Yes.\nHuman: x"}
     found = {name: both(data, name) for name in ("sft", "comparisons", "prompts")}
     copies = [write(tmp_path / name, rows) for name, rows in found.items()]
@@ -405,13 +396,9 @@ def test_oasst_trees_become_prompts_rankings_and_demonstrations():
 
 def test_downloads_have_hashes_and_one_mirror(data, monkeypatch):
     asked = {}
-
     def download(address, path, hash_prefix):
         asked[address] = hash_prefix
         Path(path).write_text("")
-        if hash_prefix == "wrong":
-            raise RuntimeError("invalid hash value")
-
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/")
     for name in ("oasst", "hh", "hh", "webtext"):
@@ -420,8 +407,6 @@ def test_downloads_have_hashes_and_one_mirror(data, monkeypatch):
     for address, digest in asked.items():
         mirrored = address.startswith("https://mirror.example/datasets/")
         assert "webtext" in address or mirrored and re.fullmatch("[0-9a-f]{32}", digest)
-    monkeypatch.setitem(prepare.DOWNLOADS, "hh", {"https://x.example/new": "wrong"})
-    assert "invalid hash" in refusal("hh", data=data)
 
 def test_text_is_documents(data, tmp_path):
     texts = [f"[{i}] A document." for i in range(30)]
@@ -438,10 +423,6 @@ def strings(value) -> list[str]:
     if isinstance(value, list):
         return [text for part in value for text in strings(part)]
     return [value] if isinstance(value, str) else []
-
-def bare(text: str) -> str:
-    """Without white space, which may change."""
-    return "".join(text.split())
 
 def mutated(row: dict, rng: Random) -> dict:
     """With a field renamed, filled with something else, or added."""
@@ -464,13 +445,13 @@ def test_no_string_of_an_accepted_row_is_lost(data, tmp_path, capsys):
         with suppress(ValueError):
             found = prepare.mine(row, NOTHING, Counter())
             used += 1
-            kept = bare(" ".join(strings([piece for _, piece in found])))
+            kept = re.sub(r"\s", "", "".join(strings([piece for _, piece in found])))
             if row.pop("label", None) is not None and len(found) == 1:
                 continue  # labelled false: the answer is not used
             for text in strings(row):
                 for turn in re.split("Human:|Assistant:|System:", text):
                     role = turn in ("user", "assistant", "system", "human", "gpt")
-                    assert role or bare(turn) in kept, (row, found)
+                    assert role or re.sub(r"\s", "", turn) in kept, (row, found)
     assert 500 < used < 2500
     run("mine", path, "--skip-bad", data=data)
     assert f": {used:,} rows used, {3000 - used:,} refused" in capsys.readouterr().out

@@ -1,6 +1,5 @@
 """A stopped run goes on to the same bits, wherever that was, or is refused by name."""
 
-import errno
 import gc
 import itertools
 import multiprocessing
@@ -10,7 +9,6 @@ import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import pytest
 import rlhf
@@ -30,22 +28,14 @@ def start(project):
     """start(stage, name, **flags) runs it as the command line does."""
     def run(stage, name="run", **flags):
         rlhf.run_stage(rlhf.STAGES[stage], config(project, stage, name, **flags))
-
     return run
 
 def metrics(project: Path, name: str) -> list[dict]:
-    lines = read_log(SimpleNamespace(out=project / "out", name=name))
-    for line in lines:
-        line.pop("seconds")
-    return lines
+    return read_log(SimpleNamespace(out=project / "out", name=name))
 
 def assert_same(project: Path) -> None:
-    """The run and the one that was not stopped leave the same metrics and weights."""
     assert metrics(project, "run") == metrics(project, "whole")
-    weights = rlhf.read_tensors(project / "out/run.pt")["model"]
-    expected = rlhf.read_tensors(project / "out/whole.pt")["model"]
-    for name, tensor in expected.items():
-        assert torch.equal(tensor, weights[name]), name
+    assert (project / "out/run.pt").read_bytes() == (project / "out/whole.pt").read_bytes()
 
 def work(cfg, stage: str, at: int, events) -> None:
     """In a process of its own: count what the run does to its weights and files, and send SIGKILL
@@ -53,21 +43,17 @@ def work(cfg, stage: str, at: int, events) -> None:
     torch.set_num_threads(1)
     clock = itertools.count()  # a second passes at every look: a save every other step or so
     rlhf.time = SimpleNamespace(time=lambda: next(clock))
-
     def tick():
         events.value += 1
         if events.value == at:
             os.kill(os.getpid(), signal.SIGKILL)
-
     def counted(function):
         def wrapper(*arguments, **more):
             tick()
             outcome = function(*arguments, **more)
             tick()
             return outcome
-
         return wrapper
-
     for where, name in ((rlhf, "update"), (rlhf, "save"), (rlhf.Run, "log"), (rlhf.Run, "save")):
         setattr(where, name, counted(getattr(where, name)))
     rlhf.run_stage(rlhf.STAGES[stage], cfg)
@@ -103,13 +89,11 @@ def test_a_signal_finishes_the_step_and_loses_nothing(start, project, monkeypatc
     update = rlhf.update
     handler = signal.getsignal(number)
     seen = []
-
     def interrupted(*arguments):
         seen.append(1)
         if len(seen) == 3:
             os.kill(os.getpid(), number)
         return update(*arguments)
-
     monkeypatch.setattr(rlhf, "update", interrupted)
     with pytest.raises(SystemExit, match="pretrain: stopped after step 3; --resume"):
         start("pretrain", save_minutes=1e6)
@@ -123,7 +107,6 @@ def test_a_second_signal_stops_at_once(start, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("went on")
-
     monkeypatch.setattr(rlhf, "update", impatient)
     with pytest.raises(SystemExit, match="pretrain: stopped at once"):
         start("pretrain")
@@ -140,8 +123,7 @@ def stopped(start, monkeypatch, stage: str) -> None:
     ("pretrain", "data/pretrain.txt"), ("pretrain", "data/tokenizer.tiktoken"),
     ("sft", "data/sft.jsonl"), ("sft", "data/sft_valid.jsonl"), ("sft", "out/gpt.pt"),
     ("rm", "data/comparisons.jsonl"), ("rm", "data/sft.jsonl"), ("ppo", "data/prompts.jsonl"),
-    ("ppo", "data/pretrain.txt"), ("ppo", "out/rm.pt"), ("dpo", "data/comparisons.jsonl"),
-])
+    ("ppo", "data/pretrain.txt"), ("ppo", "out/rm.pt"), ("dpo", "data/comparisons.jsonl")])
 def test_a_changed_file_is_refused_by_name(start, project, monkeypatch, stage, file):
     """Whatever its date is. Changed back, the run goes on."""
     stopped(start, monkeypatch, stage)
@@ -167,12 +149,9 @@ def test_changed_flags_are_refused_by_name(start, monkeypatch):
         start("sft", resume=True)
 
 def test_what_may_differ(start, project, monkeypatch):
-    """The folders, the gold score, how often is saved, and the rows per forward pass."""
     start("dpo", "whole")
     stopped(start, monkeypatch, "dpo")
-    moved = project / "elsewhere"
-    shutil.copytree(project / "data", moved / "data")
-    shutil.copytree(project / "out", moved / "out")
+    moved = shutil.copytree(project, project.with_name("elsewhere"))
     folders = dict(data=f"{moved}/data", out=f"{moved}/out", gold="none.py")
     start("dpo", resume=True, save_minutes=7, microbatch_size=9, **folders)
     losses = [line["loss"] for line in metrics(moved, "run")]
@@ -195,8 +174,8 @@ def test_a_run_without_its_checkpoint_or_resume_begins_anew(start, project, resu
     start("dpo", resume=resume)
     assert_same(project)
 
-def test_a_second_run_in_the_same_folder_is_refused(start, project, monkeypatch):
-    """It harms nothing; a crash leaves no lock behind, and a file system may have none."""
+def test_a_second_run_in_the_same_folder_is_refused(start, project):
+    """It harms nothing, and a crash leaves no lock behind."""
     start("rm")
     files = {path: path.read_bytes() for path in (project / "out/run").iterdir()}
     with open(project / "out/run/metrics.jsonl") as held:
@@ -205,9 +184,6 @@ def test_a_second_run_in_the_same_folder_is_refused(start, project, monkeypatch)
             with pytest.raises(SystemExit, match="rm: another run is at work in .*run"):
                 start("rm", resume=resume)
     assert files == {path: path.read_bytes() for path in (project / "out/run").iterdir()}
-    start("rm")
-    unsupported = OSError(errno.ENOTSUP, "not supported")
-    monkeypatch.setattr("fcntl.flock", Mock(side_effect=unsupported))
     start("rm")
 
 def test_a_file_that_cannot_be_opened_is_one_sentence(start, project):
