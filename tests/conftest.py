@@ -60,7 +60,6 @@ def weights(model: torch.nn.Module) -> torch.Tensor:
 def policy() -> GPT:
     return gpt()
 
-
 @pytest.fixture
 def prompts() -> list[list[int]]:
     """Ragged, and two of them with a token in them that the tests use as EOS, 0 and 2."""

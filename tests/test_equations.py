@@ -248,7 +248,6 @@ def test_value_loss_four_quadrants(v, old, target, value, gradient):
     assert values.grad.item() == pytest.approx(gradient, abs=1e-6)
     assert stats["val/clipfrac"].item() == (gradient == 0)
 
-
 def test_dpo_vector():
     """(8) log-probs -10 and -12 against -11 and -11.5: h = 1.5, and (2) at beta 0.1 is 0.620957,
     with -0.046257 for its derivative by h."""

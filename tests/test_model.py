@@ -39,7 +39,6 @@ def test_scalar_head_starts_from_one_over_c_plus_one():
     assert std == pytest.approx(256**-0.5, rel=0.05)
     assert not any(head.bias.any() for head in heads)
 
-
 def reference(weights: dict, ids: list[int], heads: int) -> np.ndarray:
     """Logits (T, V) of GPT-2 as its paper and GPT's describe it, a token and a head at a time."""
     w = {name: x.double().numpy() for name, x in weights.items()}
@@ -108,7 +107,6 @@ def test_cached_steps_equal_the_full_forward_pass(policy, prompts, monkeypatch):
         for step, logits in enumerate(seen):
             close(logits[i], full[n - 1 + step])
 
-
 def test_rows_end_at_their_eos_and_leave_the_others_alone(policy, prompts):
     """Greedy, so that a row with an EOS is the row without, cut after the first: whoever else has
     ended (such rows are dropped from the cache) and whatever its prompt holds."""
@@ -132,7 +130,6 @@ def test_a_row_may_fill_the_context_and_no_more(policy):
     for prompts, new in (([[1] * 30], 3), ([[1], [1] * 33], 1), ([[1], []], 4)):
         with pytest.raises(ValueError, match="prompts need 1 to"):
             generate(policy, prompts, new, 0)
-
 
 class Doubled(torch.nn.Linear):
     def forward(self, x):

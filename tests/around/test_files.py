@@ -40,7 +40,6 @@ LINES = [  # each with its row, or with the sentence that refuses it
     ('{"prompt": "P", "x": {"\\udfff": 1}}', "'x' should not hold NaN, infinity or half a surro"),
     ('{"prompt": "P", "x": ' + "[" * 200_000, "recursion")]
 
-
 @pytest.fixture
 def tokenizer(tmp_path):
     return files.get_tokenizer(write_vocabulary(tmp_path, [*BYTES, b"ab"]))

@@ -208,7 +208,6 @@ def test_a_name_is_downloaded_once_from_the_mirror(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="another vocabulary than"):
         load_gpt2("gpt2-xl", write_data(tmp_path / "data"))
 
-
 def test_a_reward_model_keeps_its_scores_bias_and_all(tmp_path):
     model, tokens = scalar(**SHAPE), torch.randint(261, (4, 20))
     before = copy.deepcopy(model)
