@@ -27,14 +27,10 @@ if [ -n "${ABLATIONS:-}" ]; then
         train dpo --name "dpo_$beta" --beta $beta
         models+=,dpo_$beta
     done
-    few=$out/few # over-optimisation (Gao et al. 2022), from all rankings or an eighth
+    few=$out/few # over-optimisation (Gao et al. 2022): a reward model from an eighth of the rankings
     mkdir -p "$few" && cp "$out"/data/*.* "$few"
     head -n 384 "$out/data/comparisons.jsonl" > "$few/comparisons.jsonl"
     train rm --name rm_384 --init sft0 --data "$few"
-    for proxy in rm_384 rm; do
-        train ppo --name "over_$proxy" --reward_model $proxy --kl_coef 0 --ptx_coef 0 \
-            --learning_rate 1e-4 --iterations 200
-    done
 fi
 evaluate --name temperature_1.0 --models "$models,ppo_ptx" --samples 4
 evaluate --name temperature_0.7 --models gpt,gpt+fewshot,sft,ppo,dpo,ppo_ptx --temperature 0.7

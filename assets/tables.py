@@ -3,7 +3,7 @@
     python assets/tables.py out/study/*                       what the models are worth, to whom
     python assets/tables.py out --name greedy --show          answers to a prompt of each use case
     python assets/tables.py out --reward_model rm             how often it is right, how sure it is
-    python assets/tables.py out --proxy over_rm_384 over_rm   over-optimisation, with Gao's fit
+    python assets/tables.py out --best_of_n rm rm_384         over-optimisation, with Gao's fit
 
 Spread over seeds is the sample standard deviation. An interval is 95 %, over seeds Student's t. The
 scripted labelers' noise is known, so the probability that one prefers an answer is, too.
@@ -14,6 +14,7 @@ import json
 import sys
 from collections import defaultdict
 from itertools import combinations, product
+from math import comb
 from pathlib import Path
 from statistics import NormalDist
 
@@ -27,6 +28,7 @@ from model import ScalarModel  # noqa: E402
 
 T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # 97.5 % points, from 1 df
 BINS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.001)  # where 1 is in the last
+SAMPLES = 64  # of which best of n has 1 to all
 LABELERS = {"training labelers": fable.TRAIN_LABELERS, "other labelers": fable.HELDOUT_LABELERS}
 WITH_TEXT = ("rewrite", "summarization", "classification", "closed_qa", "extraction")
 
@@ -196,26 +198,50 @@ def calibration(everything: list[tuple]) -> dict[str, dict[str, float]]:
             rows[f"{low:.2f} to {high:.2f}"] = cells
     return rows
 
-# ---- Over-optimisation -----------------------------------------------------------------
+# ---- Over-optimisation: best of n by a reward model, by gold -----------------------------
 
-def gao(kl: np.ndarray, gain: np.ndarray) -> tuple[float, float]:
-    """alpha and beta of gain = d (alpha - beta log d), d = sqrt(KL) (Gao et al. 2022)."""
-    d = np.sqrt(kl)
-    solution, *_ = np.linalg.lstsq(np.stack([d, -d * np.log(d)], 1), gain, rcond=None)
+def best_of_n(out: Path, names: list[str]) -> dict[str, dict[str, float]]:
+    """Gold of the answer that each reward model prefers among n by ppo_init; Gao's alpha, beta."""
+    cfg = rlhf.Evaluate(data=str(out / "data"), out=str(out), device="cpu")
+    tokenizer = files.get_tokenizer(cfg.data)
+    policy = rlhf.load(cfg, "ppo_init")
+    longest = rlhf.longest_prompt([policy], cfg)
+    rows = files.read_prompts(out / "data" / cfg.prompts, tokenizer, longest)
+    prompts = [row["prompt_ids"] for row in rows]
+    gold = np.zeros((SAMPLES, len(rows)))
+    scores = {"gold": gold}
+    for name in names:
+        scores[name] = np.zeros_like(gold)
+    models = {name: rlhf.load(cfg, name, ScalarModel) for name in names}
+    torch.manual_seed(cfg.seed)
+    for k in range(SAMPLES):
+        responses = rlhf.complete(policy, prompts, tokenizer.eot_token, cfg.max_new_tokens)
+        for i, response in enumerate(responses):
+            turn = files.own_turn(files.decode(tokenizer, response))
+            gold[k, i] = sum(fable.gold(rows[i], turn).values())
+        with torch.no_grad():
+            for name, model in models.items():
+                scores[name][k] = rlhf.score(model, rlhf.behind(prompts, responses), cfg)
+    table = {}
+    for name, own in scores.items():
+        best_first = np.take_along_axis(gold, np.argsort(-own, axis=0), 0).mean(1)  # by place
+        gains = [expected_best(best_first, n) - gold.mean() for n in range(1, SAMPLES + 1)]
+        table[name] = {f"{n}": gold.mean() + gains[n - 1] for n in 2 ** np.arange(7)}
+        table[name]["alpha"], table[name]["beta"] = gao(np.array(gains))
+    return table
+
+def expected_best(best_first: np.ndarray, n: int) -> float:
+    """The mean over all choices of n of these answers of the best one's gold."""
+    places = range(len(best_first) - n + 1)
+    ways = np.array([comb(len(best_first) - 1 - place, n - 1) for place in places], dtype=float)
+    return float(ways @ best_first[: len(ways)] / ways.sum())
+
+def gao(gains: np.ndarray) -> tuple[float, float]:
+    """alpha and beta of gain = d (alpha - beta d) for best of n, d = sqrt(KL) (Gao et al. 2022)."""
+    n = np.arange(1, len(gains) + 1)
+    d = np.sqrt(np.log(n) - (n - 1) / n)
+    solution, *_ = np.linalg.lstsq(np.stack([d, -d * d], 1), gains, rcond=None)
     return tuple(solution)
-
-def over_optimisation(out: Path, name: str) -> dict[str, float]:
-    """Gold at the start, at its best, and in the end, as means over ten iterations; the fit."""
-    lines = (out / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    log = [json.loads(line) for line in lines]
-    kl = np.array([line["objective/kl"] for line in log])
-    gold = np.array([line["objective/gold"] for line in log])
-    start = gold[:5].mean()
-    means = np.convolve(gold, np.ones(10) / 10, "valid")
-    best = int(means.argmax())
-    alpha, beta = gao(kl[5:].clip(min=1e-3), gold[5:] - start)
-    return {"gold, first five": start, "best": means[best], "KL there": kl[best : best + 10].mean(),
-            "last": means[-1], "KL at the end": kl[-10:].mean(), "alpha": alpha, "beta": beta}
 
 def read(out: Path, name: str, beside: str | None = None) -> dict:
     """An evaluation; the models of a second one come first, with its name."""
@@ -234,7 +260,7 @@ def main() -> None:
     parser.add_argument("--beside", help="a second evaluation, on the same prompts")
     parser.add_argument("--show", action="store_true", help="print answers of each model")
     parser.add_argument("--reward_model", help="compare this reward model with the truth")
-    parser.add_argument("--proxy", nargs="+", default=[], help="runs of PPO without the KL")
+    parser.add_argument("--best_of_n", nargs="+", help="by these reward models, and by gold")
     flags = parser.parse_args()
     outs = [Path(out) for out in flags.outs]
     if flags.reward_model:
@@ -243,11 +269,11 @@ def main() -> None:
         print("\n" + rlhf.markdown(merged([calibration(sum(everything, []))]), spread))
     elif flags.show:
         print_answers(outs[0], read(outs[0], flags.name))
-    elif not flags.proxy:
-        print_models(outs, [read(out, flags.name, flags.beside) for out in outs])
-    for name in flags.proxy:
-        found = merged([{name: over_optimisation(out, name)} for out in outs])
+    elif flags.best_of_n:
+        found = merged([best_of_n(out, flags.best_of_n) for out in outs])
         print(rlhf.markdown(found, spread))
+    else:
+        print_models(outs, [read(out, flags.name, flags.beside) for out in outs])
 
 if __name__ == "__main__":
     main()

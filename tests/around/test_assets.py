@@ -1,6 +1,7 @@
 """The scripts that make tables, against definitions."""
 
 import sys
+from itertools import combinations
 from random import Random
 
 import numpy as np
@@ -48,7 +49,11 @@ def test_accuracies_are_means_over_labelers_of_the_true_probability():
     both = 0.8 * 0.6 + 0.2 * 0.4
     assert found["another labeler of the group"][group] == pytest.approx(both)
 
-def test_fit_of_over_optimisation():
-    kl = np.linspace(0.2, 20, 50)
-    gain = np.sqrt(kl) * (0.9 - 0.2 * np.log(np.sqrt(kl)))
-    assert tables.gao(kl, gain) == pytest.approx((0.9, 0.2))
+def test_best_of_n_is_the_mean_over_all_choices():
+    golds = np.array([3.0, 1.0, 2.5, 0.0, 2.0])  # of answers, the one with the best score first
+    for n in range(1, 6):
+        chosen = [golds[min(places)] for places in combinations(range(5), n)]
+        assert tables.expected_best(golds, n) == pytest.approx(np.mean(chosen))
+    n = np.arange(1, 65)
+    d = np.sqrt(np.log(n) - (n - 1) / n)
+    assert tables.gao(d * (0.9 - 0.2 * d)) == pytest.approx((0.9, 0.2))
