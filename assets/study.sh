@@ -12,6 +12,10 @@ train() { python3 rlhf.py "$1" "${run[@]}" --resume "${@:2}"; }
 evaluate() { python3 rlhf.py evaluate "${run[@]}" --prompts prompts_test.jsonl "$@"; }
 
 train dpo
+few=$out/few # over-optimisation (Gao et al. 2022): a reward model from an eighth of the rankings
+mkdir -p "$few" && cp "$out"/data/*.* "$few"
+head -n 384 "$out/data/comparisons.jsonl" > "$few/comparisons.jsonl"
+train rm --name rm_384 --init sft0 --data "$few"
 models=gpt,gpt+fewshot,sft,ppo_init,dpo,ppo,ppo_ptx_raw
 if [ -n "${ABLATIONS:-}" ]; then
     for kl in 0 0.04 0.64; do # Figure 34 of the paper: no KL coefficient cures the tax
@@ -27,10 +31,6 @@ if [ -n "${ABLATIONS:-}" ]; then
         train dpo --name "dpo_$beta" --beta $beta
         models+=,dpo_$beta
     done
-    few=$out/few # over-optimisation (Gao et al. 2022): a reward model from an eighth of the rankings
-    mkdir -p "$few" && cp "$out"/data/*.* "$few"
-    head -n 384 "$out/data/comparisons.jsonl" > "$few/comparisons.jsonl"
-    train rm --name rm_384 --init sft0 --data "$few"
 fi
 evaluate --name temperature_1.0 --models "$models,ppo_ptx" --samples 4
 evaluate --name temperature_0.7 --models gpt,gpt+fewshot,sft,ppo,dpo,ppo_ptx --temperature 0.7
