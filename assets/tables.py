@@ -198,50 +198,60 @@ def calibration(everything: list[tuple]) -> dict[str, dict[str, float]]:
             rows[f"{low:.2f} to {high:.2f}"] = cells
     return rows
 
-# ---- Over-optimisation: best of n by a reward model, by gold -----------------------------
+# ---- Over-optimisation: best of n by a reward model, judged by gold --------------------
 
 def best_of_n(out: Path, names: list[str]) -> dict[str, dict[str, float]]:
-    """Gold of the answer that each reward model prefers among n by ppo_init; Gao's alpha, beta."""
+    """Gold of the answer that a reward model, or gold itself, prefers among n by ppo_init."""
     cfg = rlhf.Evaluate(data=str(out / "data"), out=str(out), device="cpu")
     tokenizer = files.get_tokenizer(cfg.data)
     policy = rlhf.load(cfg, "ppo_init")
     longest = rlhf.longest_prompt([policy], cfg)
     rows = files.read_prompts(out / "data" / cfg.prompts, tokenizer, longest)
     prompts = [row["prompt_ids"] for row in rows]
-    gold = np.zeros((SAMPLES, len(rows)))
-    scores = {"gold": gold}
-    for name in names:
-        scores[name] = np.zeros_like(gold)
     models = {name: rlhf.load(cfg, name, ScalarModel) for name in names}
+    scores = defaultdict(list)  # judge -> SAMPLES lists with a score for each prompt
     torch.manual_seed(cfg.seed)
-    for k in range(SAMPLES):
+    for _ in range(SAMPLES):
         responses = rlhf.complete(policy, prompts, tokenizer.eot_token, cfg.max_new_tokens)
-        for i, response in enumerate(responses):
+        totals = []
+        for row, response in zip(rows, responses):
             turn = files.own_turn(files.decode(tokenizer, response))
-            gold[k, i] = sum(fable.gold(rows[i], turn).values())
+            totals.append(sum(fable.gold(row, turn).values()))
+        scores["gold"].append(totals)
         with torch.no_grad():
             for name, model in models.items():
-                scores[name][k] = rlhf.score(model, rlhf.behind(prompts, responses), cfg)
+                examples = rlhf.behind(prompts, responses)
+                scores[name].append(rlhf.score(model, examples, cfg).tolist())
+    gold = np.array(scores["gold"])  # (SAMPLES, prompts)
     table = {}
-    for name, own in scores.items():
-        best_first = np.take_along_axis(gold, np.argsort(-own, axis=0), 0).mean(1)  # by place
-        gains = [expected_best(best_first, n) - gold.mean() for n in range(1, SAMPLES + 1)]
-        table[name] = {f"{n}": gold.mean() + gains[n - 1] for n in 2 ** np.arange(7)}
-        table[name]["alpha"], table[name]["beta"] = gao(np.array(gains))
+    for judge, judged in scores.items():
+        order = np.argsort(-np.array(judged), axis=0)
+        best_first = np.take_along_axis(gold, order, axis=0).mean(1)
+        means = np.array([expected_best(best_first, n) for n in range(1, SAMPLES + 1)])
+        cells = table[judge] = {}
+        for n in (1, 2, 4, 8, 16, 32, 64):
+            cells[str(n)] = means[n - 1]
+        cells["alpha"], cells["beta"] = gao(means - means[0])
     return table
 
 def expected_best(best_first: np.ndarray, n: int) -> float:
-    """The mean over all choices of n of these answers of the best one's gold."""
-    places = range(len(best_first) - n + 1)
-    ways = np.array([comb(len(best_first) - 1 - place, n - 1) for place in places], dtype=float)
-    return float(ways @ best_first[: len(ways)] / ways.sum())
+    """Gold of the best of n answers, as a mean over all ways to choose n of those there are."""
+    total = 0.0
+    for place, gold in enumerate(best_first):
+        worse = len(best_first) - 1 - place
+        total += gold * comb(worse, n - 1)  # choices in which this answer is the best
+    return total / comb(len(best_first), n)
 
 def gao(gains: np.ndarray) -> tuple[float, float]:
-    """alpha and beta of gain = d (alpha - beta d) for best of n, d = sqrt(KL) (Gao et al. 2022)."""
+    """alpha and beta of gain = d (alpha - beta d), d = sqrt(KL), the law of Gao et al. 2022.
+
+    The KL of best of n is taken to be its upper bound, log n - (n - 1) / n nats (Beirami et al.
+    2024, arXiv 2401.01879).
+    """
     n = np.arange(1, len(gains) + 1)
     d = np.sqrt(np.log(n) - (n - 1) / n)
-    solution, *_ = np.linalg.lstsq(np.stack([d, -d * d], 1), gains, rcond=None)
-    return tuple(solution)
+    alpha, beta = np.linalg.lstsq(np.stack([d, -d * d], 1), gains, rcond=None)[0]
+    return alpha, beta
 
 def read(out: Path, name: str, beside: str | None = None) -> dict:
     """An evaluation; the models of a second one come first, with its name."""

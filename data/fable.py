@@ -667,12 +667,15 @@ def train_bpe(text: str, vocab_size: int = 1024) -> list[bytes]:
                 pairs[pair] += counts[word]
         if not pairs:
             break
-        left, right = max(zip(pairs.values(), pairs))[1]
+        best = max(pairs.values())
+        left, right = max(pair for pair in pairs if pairs[pair] == best)
         vocab.append(left + right)
         for pieces in spelling.values():
-            for i in range(len(pieces)):
-                if pieces[i:i + 2] == [left, right]:
+            i = 0
+            while i < len(pieces) - 1:
+                if pieces[i] == left and pieces[i + 1] == right:
                     pieces[i:i + 2] = [left + right]
+                i += 1
     # Where a text runs out of pairs, pairs of rare bytes keep the size as asked.
     for i in range(2 ** 14):
         vocab.append(bytes([255 - i // 128, 255 - i % 128]))

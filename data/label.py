@@ -29,7 +29,6 @@ from model import ScalarModel  # noqa: E402
 COLUMNS = 79
 BLOCK = 8  # prompts sampled at a time for a person: few, so that the first question comes soon
 COMMANDS = ("undo", "skip", "quit")
-PAPER = {"labelers": "72.6%", "held-out labelers": "77.3%"}  # how often theirs agree
 
 @dataclass
 class Label(rlhf.Settings):
@@ -92,7 +91,9 @@ def rank_by_machine(cfg: Label) -> None:
     for path in paths:
         if any("time" in row for row in read_answers(path)):
             raise UserError(f"{path} has answers by people: move it first")
-    judge = None if cfg.by == "scripted" else rlhf.load(cfg, cfg.by, ScalarModel)
+    judge = None
+    if cfg.by != "scripted":
+        judge = rlhf.load(cfg, cfg.by, ScalarModel)
     sampler = Sampler(cfg)
     rng = Random(cfg.seed)
     for path in paths:
@@ -131,23 +132,28 @@ def rank_by_model(judge: ScalarModel, row: dict, sampler: Sampler) -> list[int]:
     return [best_first.index(score_of[text]) for text in row["completions"]]
 
 def print_agreement(path: Path | str) -> None:
-    """Print how often two labelers order two completions alike; ties of either do not count."""
+    """Print how often labelers agree, and apart from them the held-out ones of the fable."""
+    rankings = read_jsonl(path, "prompt", "completions", "ranks", "labeler")
     heldout = [labeler.name for labeler in fable.HELDOUT_LABELERS]
+    others = [row for row in rankings if row["labeler"] not in heldout]
+    unseen = [row for row in rankings if row["labeler"] in heldout]
+    print(f"labelers {agreement(others)} (paper: 72.6%)")
+    if unseen:
+        print(f"held-out labelers {agreement(unseen)} (paper: 77.3%)")
+
+def agreement(rankings: list[dict]) -> str:
+    """How often two labelers order two completions alike; pairs that either ties do not count."""
     ranked = defaultdict(dict)
-    for row in read_jsonl(path, "prompt", "completions", "ranks", "labeler"):
-        group = "held-out labelers" if row["labeler"] in heldout else "labelers"
-        question = (group, row["prompt"], str(row["completions"]))
-        ranked[question][row["labeler"]] = row["ranks"]
-    signs = {"labelers": []}
-    for question, labelers in ranked.items():
-        own = signs.setdefault(question[0], [])
+    for row in rankings:
+        completions = (row["prompt"], *row["completions"])
+        ranked[completions][row["labeler"]] = row["ranks"]
+    signs = []
+    for labelers in ranked.values():
         for one, other in combinations(labelers.values(), 2):
             for i, j in combinations(range(len(one)), 2):
-                own.append((one[i] - one[j]) * (other[i] - other[j]))
-    for group, own in signs.items():
-        untied = [sign > 0 for sign in own if sign != 0]
-        share = sum(untied) / max(1, len(untied))
-        print(f"{group} agree on {share:.1%} of {len(untied)} untied pairs (paper: {PAPER[group]})")
+                signs.append((one[i] - one[j]) * (other[i] - other[j]))
+    untied = [sign > 0 for sign in signs if sign != 0]
+    return f"agree on {sum(untied) / max(1, len(untied)):.1%} of {len(untied)} untied pairs"
 
 # ---- People, several of whom may add to the same file at once -----------------------------------
 def only(row: dict, *fields: str) -> dict:

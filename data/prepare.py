@@ -32,13 +32,16 @@ LABELS = {"true": True, "1": True, "1.0": True, "yes": True, "false": False, "0"
           "0.0": False, "no": False, "-1": False, "-1.0": False}
 # White space between the turns in a text. Each begins where the white space does: tried at each
 # character of it, they would take minutes for a page of empty lines.
+ONE_LINE = r"(?<!\s)\s+"
+NEW_LINE = r"(?<!\s)[^\S\n]*\n\s*"
 BLANK_LINE = r"(?<!\s)[^\S\n]*\n[^\S\n]*\n\s*"
-GAPS = (BLANK_LINE, r"(?<!\s)[^\S\n]*\n\s*", r"(?<!\s)\s+", BLANK_LINE)
+GAPS = (BLANK_LINE, NEW_LINE, ONE_LINE, BLANK_LINE)
 TURN_INSIDE = re.compile(rf"(^|{BLANK_LINE})(Human|Assistant):|\sAssistant:$")
 EMPTY = (None, "", [], {})
 HELD_OUT = re.compile("(?<![a-z])(valid|validation|val|test|eval|dev)(?![a-z])")
-NO_DATA = re.compile(r"(^|[/\\])(\..|(README|LICENSE)(\.\w+)?$)")  # hidden folders, too
+NO_DATA = re.compile(r"(^|[/\\])(\.|(README|LICENSE)(\.\w+)?$)")  # hidden folders, too
 JSON_ROW = re.compile(r'\s*\[?\s*\{\s*"')
+SAMPLE = 3_000_000  # characters that the fable's vocabulary is learnt from
 
 HUB = "https://huggingface.co"
 OASST = HUB + "/datasets/OpenAssistant/oasst1/resolve/main/2023-04-12_oasst_ready."
@@ -161,7 +164,8 @@ def split_text(text: str, speaker: str) -> list[tuple]:
     for gap in GAPS:  # with the last one, a speaker may have several turns
         parts = re.split(rf"(?:^|{gap})(^System|Human|Assistant):", text)
         speakers = parts[1::2]
-        if len(speakers) > 1 and not any(map(str.__eq__, speakers, speakers[1:])):
+        takes_turns = all(one != other for one, other in zip(speakers, speakers[1:]))
+        if len(speakers) > 1 and takes_turns:
             break
     return list(zip(speakers, map(str.strip, parts[2::2])))
 
@@ -196,8 +200,10 @@ def shown(row: dict, answers: dict, seen: Counter) -> list[str]:
     if len(texts) > 1 or "" in texts:
         raise ValueError(f"{' and '.join(answers)} should have one answer that is not blank")
     label = str(row.get("label", True)).lower()
-    if label not in LABELS or ("label" in row and not texts):
-        raise ValueError(f"label should be true or false, beside a completion: {label!a:.60}")
+    if "label" in row and not texts:
+        raise ValueError("label should be beside a completion, which is not there")
+    if label not in LABELS:
+        raise ValueError(f"label should be true or false, not {label!a:.60}")
     if not LABELS[label]:
         seen["answers labelled false, of which only the prompt is used"] += 1
         return []
@@ -212,7 +218,8 @@ def find_ranks(row: dict, texts: list[str], seen: Counter) -> list[int]:
     ranks = row.get("ranks", list(range(len(texts))))
     if "scores" in row:
         scores = expect(row["scores"], list, "scores")
-        if len(scores) != len(texts) or not {int, float}.issuperset(map(type, scores)):
+        numbers = all(type(score) in (int, float) for score in scores)
+        if len(scores) != len(texts) or not numbers:
             raise ValueError(f"scores should be a number each, not {scores!a:.60}")
         ranks = [sum(other > score for other in scores) for score in scores]
     if given:
@@ -258,9 +265,11 @@ def sources(args) -> list[Path]:
     """All files that are named, or else downloaded."""
     files = []
     for path in args.files:
-        for file in sorted(path.rglob("*")) or [path]:
-            if not file.is_dir() and not NO_DATA.search(str(file.relative_to(path))):
-                files.append(file)
+        if path.is_dir():
+            inside = [file for file in sorted(path.rglob("*")) if not file.is_dir()]
+            files += [file for file in inside if not NO_DATA.search(str(file.relative_to(path)))]
+        else:
+            files.append(path)
     if not args.files:
         for address, start in DOWNLOADS[args.name].items():
             name = "_".join(address.split("/")[-2:])
@@ -475,7 +484,7 @@ def main(words: list[str] | None = None) -> None:
     try:
         if args.name == "fable":
             files = fable.make(args.seed, args.scale)
-            vocabulary = fable.train_bpe(files["pretrain.txt"][:3_000_000])
+            vocabulary = fable.train_bpe(files["pretrain.txt"][:SAMPLE])
             files["tokenizer.tiktoken"] = fable.tiktoken_file(vocabulary)
         else:
             files = prepare(args)

@@ -13,21 +13,29 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
+def point(axis, path: Path, model: str, label: str, colour: str) -> None:
+    """A model of an evaluation: its gold along its KL."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    gold = np.mean(found["gold"][model], axis=0)  # over samples, for each prompt
+    error = 1.96 * gold.std(ddof=1) / len(gold) ** 0.5
+    kl = found["table"][model]["KL"]
+    axis.errorbar(kl, gold.mean(), error, fmt="o", color=colour, elinewidth=0.5)
+    place = (kl, gold.mean())
+    axis.annotate(label, place, (4, 2), textcoords="offset points", fontsize=8)
+
 def main() -> None:
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "out/patches")
-    variants = {path.stem for path in Path(__file__).parent.glob("variants/*.patch")}
+    folder = Path("out/patches")
+    if len(sys.argv) > 1:
+        folder = Path(sys.argv[1])
+    variants = Path(__file__).parent / "variants"
     _, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    for name in sorted(variants | {"unpatched"}):
-        for path in sorted(folder.glob(f"{name}-*/evaluate.json")):
-            found = json.loads(path.read_text(encoding="utf-8"))
-            for model, gold in found["gold"].items():
-                prompts = np.mean(gold, axis=0)  # over samples
-                error = 1.96 * prompts.std(ddof=1) / len(prompts) ** 0.5
-                x, y = found["table"][model]["KL"], prompts.mean()
-                colour = "tab:orange" if name == "unpatched" else "tab:blue"
-                axis.errorbar(x, y, error, fmt="o", color=colour, elinewidth=0.5)
-                label = model if name == "unpatched" else name
-                axis.annotate(label, (x, y), (4, 2), textcoords="offset points", fontsize=8)
+    for path in sorted(folder.glob("*/evaluate.json")):
+        name = path.parent.name.rsplit("-", 2)[0]  # NAME-SEED-HASH
+        for model in json.loads(path.read_text(encoding="utf-8"))["gold"]:
+            if name == "unpatched":
+                point(axis, path, model, model, "tab:orange")
+            elif (variants / f"{name}.patch").exists():
+                point(axis, path, model, name, "tab:blue")
     axis.set(xlabel="KL from the start, nats a response", ylabel="gold score")
     axis.spines[["top", "right"]].set_visible(False)
     plt.savefig(Path(__file__).parent / "variants.png", dpi=100)

@@ -74,9 +74,11 @@ def train(cfg: rlhf.PPO, config: GPTConfig) -> Row:
     policy = GPT(config).to(cfg.device)
     optimizer = rlhf.adam(policy)
     examples = [Example(ids, 1) for ids in random_ids(config, cfg.batch_size, cfg.length)]
+
     def work():
         rlhf.lm_pass(policy, examples, cfg, 1.0)
         rlhf.update(policy, optimizer, 0.0)
+
     flops = 3 * forward_flops(config, cfg.batch_size, cfg.length - 1, cfg.length - 1)
     return Row(work, cfg.batch_size * (cfg.length - 1), flops)
 
@@ -90,12 +92,14 @@ def ppo(cfg: rlhf.PPO, config: GPTConfig) -> Row:
     write_jsonl(out / "prompts.jsonl", prompts)
     rlhf.save(out / "ppo_init.pt", GPT(config))
     rlhf.save(out / "rm.pt", ScalarModel(config))
+
     def work() -> float:
         """The seconds of an iteration, the first of three left out."""
         rlhf.ppo(cfg)
         log = (out / cfg.name / "metrics.jsonl").read_text().splitlines()
         ends = [json.loads(line)["seconds"] for line in log]
         return (ends[-1] - ends[0]) / (len(ends) - 1)
+
     policy = forward_flops(config, rows, PROMPT + NEW - 1, NEW)
     value = forward_flops(config, rows, PROMPT + NEW - 1, 0)
     return Row(work, rows, 3 * policy + 2 * value + 3 * cfg.epochs * (policy + value))

@@ -79,8 +79,10 @@ def write_vocabulary(folder: Path, tokens: list[bytes] = BYTES) -> Path:
 def write_data(folder: Path) -> None:
     """Every file that the stages read, with words of a to f."""
     rng = Random(0)
+
     def word(shortest: int, longest: int) -> str:
         return "".join(rng.choices("abcdef", k=rng.randint(shortest, longest)))
+
     write_vocabulary(folder)
     (folder / "gold.py").write_text(GOLD)
     for name, count in (("pretrain", 30), ("pretrain_valid", 5)):

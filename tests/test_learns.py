@@ -84,8 +84,10 @@ def table(world):
     torch.manual_seed(0)
     torch.set_num_threads(1)
     rlhf.PRESETS["things"] = dict(block_size=32, n_layer=2, n_head=2, n_embd=48)
+
     def of(kind, **fields):
         return settings(kind, world, max_new_tokens=8, **fields)
+
     rlhf.pretrain(of(rlhf.Pretrain, preset="things", steps=300, batch_size=32, learning_rate=6e-3))
     rlhf.sft(of(rlhf.SFT, epochs=4, learning_rate=2e-3, dropout=0.1))
     rank_by_gold(world / "data", of(rlhf.SFT))

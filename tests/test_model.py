@@ -42,11 +42,14 @@ def test_scalar_head_starts_from_one_over_c_plus_one():
 def reference(weights: dict, ids: list[int], heads: int) -> np.ndarray:
     """Logits (T, V) of GPT-2 as its paper and GPT's describe it, a token and a head at a time."""
     w = {name: x.double().numpy() for name, x in weights.items()}
+
     def norm(x, name):
         x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
         return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
     def linear(x, name):
         return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
     x = w["wte.weight"][ids] + w["wpe.weight"][: len(ids)]
     for block in ("h.0", "h.1"):
         q, k, v = np.split(linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn"), 3, axis=-1)
@@ -96,9 +99,11 @@ def test_score_is_read_at_the_last_token():
 def test_cached_steps_equal_the_full_forward_pass(policy, prompts, monkeypatch):
     """The logits of every step are those of a whole forward pass over the row so far."""
     seen = []
+
     def record(logits, temperature):
         seen.append(logits)
         return sample(logits, temperature)
+
     monkeypatch.setattr("model.sample", record)
     tokens, prompt_lens, _ = generate(policy, prompts, 12, NEVER)
     assert len(seen) == 12

@@ -124,13 +124,16 @@ def test_pretraining_by_hand(project, tokenizer, monkeypatch):
     rlhf.pretrain(cfg)
     documents = read_documents(project / "data/pretrain.txt", tokenizer)
     valid = read_documents(project / "data/pretrain_valid.txt", tokenizer)
+
     def loss(step):
         rng = np.random.default_rng([cfg.seed, step])
         return lm_by_loop(model, rlhf.random_documents(documents, 3, 16, rng))
+
     def heldout(step):
         if step not in (99, 100):
             return {"heldout/loss": None}
         return {"heldout/loss": lm_by_loop(model, [(ids[:16], 1) for ids in valid]).item()}
+
     assert_trained(cfg, model, 101, loss, warmup=0.05, after=heldout)
 
 @pytest.mark.parametrize("microbatch_size", [1, 3, 100])
@@ -145,8 +148,10 @@ def test_sft_by_hand(project, tokenizer, microbatch_size):
     documents = read_documents(project / "data/pretrain.txt", tokenizer)
     rng = np.random.default_rng(cfg.seed)
     train += rlhf.random_documents(documents, 2, cfg.window, rng)
+
     def validation(step):
         return {"valid/loss": lm_by_loop(model, valid).item() if step in (2, 5) else None}
+
     assert_trained(cfg, model, 6, lambda step: lm_by_loop(
         model, rlhf.batch_at(train, 4, step, cfg.seed)), after=validation)
 
@@ -160,9 +165,11 @@ def test_rm_by_hand(project, tokenizer, microbatch_size):
     torch.manual_seed(4)
     rlhf.rm(cfg)
     train = read_comparisons(project / "data/comparisons.jsonl", tokenizer, 24)
+
     def loss(step):
         batch = rlhf.batch_at(train, 4, step, cfg.seed)
         return pairwise_by_loop(scored(batch, lambda ids, _: model(tensor([ids]))[0, -1]))
+
     log = assert_trained(cfg, model, 6, loss)
     for step, line in enumerate(log):  # after each epoch
         assert ("eval_heldout_labelers/accuracy" in line) == (step in (2, 5))
@@ -184,9 +191,11 @@ def test_dpo_by_hand(project, tokenizer, microbatch_size):
     train = read_comparisons(project / "data/comparisons.jsonl", tokenizer, 24)
     valid = read_comparisons(project / "data/comparisons_valid.jsonl", tokenizer, 24)
     before = []
+
     def implicit(ids, start):
         logs = [row_logprobs(net, ids, start).sum() for net in (model, ref)]
         return cfg.beta * (logs[0] - logs[1].detach())
+
     def statistics(rankings, prefix=""):
         margins, chosen = [], []
         for examples, ranks, _ in rankings:
@@ -197,15 +206,18 @@ def test_dpo_by_hand(project, tokenizer, microbatch_size):
                 chosen.append(logs[i])
         return {f"{prefix}accuracy": np.mean(np.array(margins) > 0),
                 f"{prefix}margin": np.mean(margins), f"{prefix}chosen_logprob": np.mean(chosen)}
+
     def loss(step):
         batch = rlhf.batch_at(train, 4, step, cfg.seed)
         before.append(statistics(batch))
         return pairwise_by_loop(scored(batch, implicit))
+
     def after(step):
         if step % 3 < 2:
             return before[step] | {"valid/loss": None}
         held_out = {"valid/loss": pairwise_by_loop(scored(valid, implicit)).item()}
         return before[step] | held_out | statistics(valid, "valid/")
+
     assert_trained(cfg, model, 21, loss, warmup=0.1, after=after)
 
 # ---- PPO by hand -------------------------------------------------------------------------------
@@ -222,9 +234,11 @@ def calls(monkeypatch):
             result = function(*arguments, **more)
             seen.append((arguments, result))
             return result
+
         seen, function = [], getattr(rlhf, name)
         monkeypatch.setattr(rlhf, name, record)
         return seen
+
     return watch
 
 def episode_by_hand(nets, record, response, cfg):
@@ -365,12 +379,15 @@ def test_five_networks_are_alive(project, monkeypatch):
     cfg, alive, update = ppo_settings(project, iterations=1, minibatch_size=6), [], rlhf.update
     policy, reward = rlhf.load(cfg, "ppo_init"), rlhf.load(cfg, "rm", ScalarModel)
     expected = 3 * weights(policy).numel() + 2 * weights(reward).numel()
+
     def count():
         gc.collect()
         return sum(p.numel() for p in gc.get_objects() if type(p) is torch.nn.Parameter)
+
     def look(*arguments):
         alive.append(count() - before)
         return update(*arguments)
+
     before = count()
     monkeypatch.setattr(rlhf, "update", look)
     rlhf.ppo(cfg)
@@ -383,6 +400,7 @@ def test_a_rule_in_place_of_the_reward_model(project, tokenizer, monkeypatch):
             assert decode(tokenizer, row[:n]) == prompt + text
             lengths.append(len(text))
         return tensor([float(len(text)) for text in texts])
+
     lengths = []
     (project / "out/rm.pt").unlink()
     monkeypatch.setattr(rlhf, "Reward", lambda cfg: rule)
@@ -533,10 +551,12 @@ def test_the_same_step_is_the_same_whoever_starts_it(project, monkeypatch):
         cfg = ppo_settings(project, iterations=3, **fields)
         rlhf.ppo(cfg)
         return weights(rlhf.load(cfg, cfg.name)), read_log(cfg)
+
     def killed(self, metrics, *shown):
         write(self, metrics, *shown)
         if self.step + 1 == 2:  # the log is ahead of what has been saved
             raise MemoryError
+
     expected, log = run()
     torch.manual_seed(99)
     assert torch.equal(run()[0], expected)

@@ -75,6 +75,7 @@ def make_graphed_callables(step, arguments):
     with Recording() as recording:
         recording.calls = []
         result = step(static)
+
     @torch.no_grad()
     def replay(token):
         with torch._C.DisableTorchFunction():
@@ -84,6 +85,7 @@ def make_graphed_callables(step, arguments):
                     if one.data_ptr() != other.data_ptr():  # neither a view nor in place
                         one.copy_(other)
         return result
+
     return replay
 
 @pytest.fixture

@@ -43,10 +43,12 @@ def work(cfg) -> None:
     prompts = [[3], [4, 5, 6], [2, 9], [8, 1], [5, 5, 5, 5], [10, 4], [7]]
     seen["greedy"] = rlhf.complete(gpt(), prompts, 0, 9, temperature=0)
     sum_gradients = rlhf.sum_gradients
+
     def record_gradients(model):
         sum_gradients(model)
         seen["gradients"].append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         seen["drawn"].append(torch.rand(1).item())
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rlhf, "sum_gradients", record_gradients)
         patch.setattr(rlhf, "sample_responses", made_up)

@@ -49,6 +49,7 @@ def type_in(folder, monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         label.main(flags_for(folder, flags))
         return capsys.readouterr().out
+
     return run
 
 @pytest.fixture
@@ -58,8 +59,10 @@ def fixed(folder, monkeypatch):
         def fill(self, rows, rng):
             for row in rows:
                 row["completions"] = texts
+
         write_jsonl(folder / "rm_prompts.jsonl", rows)
         monkeypatch.setattr(label.Sampler, "fill", fill)
+
     return arrange
 
 def start(folder: Path, flags: str, **streams) -> subprocess.Popen:
@@ -135,9 +138,11 @@ def scripted(folder: Path, monkeypatch, count: int) -> None:
 def test_the_last_completion_answers_another_prompt(folder, type_in, monkeypatch):
     """For a person as well as for scripted labelers. Models answer with the question's number."""
     tokenizer = files.get_tokenizer(folder)
+
     def complete(model, prompts, *_):
         texts = [files.decode(tokenizer, ids).split()[2] for ids in prompts]
         return [files.encode(tokenizer, f" {text}\n\nHuman: And?") for text in texts]
+
     monkeypatch.setattr(rlhf, "complete", complete)
     scripted(folder, monkeypatch, 13)
     type_in("--models a,b")

@@ -396,9 +396,11 @@ def test_oasst_trees_become_prompts_rankings_and_demonstrations():
 
 def test_downloads_have_hashes_and_one_mirror(data, monkeypatch):
     asked = {}
+
     def download(address, path, hash_prefix):
         asked[address] = hash_prefix
         Path(path).write_text("")
+
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/")
     for name in ("oasst", "hh", "hh", "webtext"):

@@ -29,13 +29,16 @@ def understand(monkeypatch, tmp_path):
     """understand(words) parses them as the program itself would; files have to exist."""
     def parsed(*_):
         raise Parsed
+
     def settled(stage, cfg):
         rlhf.settle(cfg)
         raise Parsed
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(rlhf, "run_stage", settled)
     for module, name in ((prepare, "prepare"), (prepare.fable, "make")):
         monkeypatch.setattr(module, name, parsed)
+
     def understand(words: list[str]) -> None:
         while re.match(r"\w+=", words[0]):
             words = words[1:]
@@ -48,6 +51,7 @@ def understand(monkeypatch, tmp_path):
         if words[0] in MAINS:
             with pytest.raises(Parsed):
                 MAINS[words[0]](words[1:])
+
     return understand
 
 @pytest.mark.parametrize("folder", READMES, ids=lambda folder: folder.name)

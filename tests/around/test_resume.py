@@ -28,6 +28,7 @@ def start(project):
     """start(stage, name, **flags) runs it as the command line does."""
     def run(stage, name="run", **flags):
         rlhf.run_stage(rlhf.STAGES[stage], config(project, stage, name, **flags))
+
     return run
 
 def metrics(project: Path, name: str) -> list[dict]:
@@ -43,17 +44,21 @@ def work(cfg, stage: str, at: int, events) -> None:
     torch.set_num_threads(1)
     clock = itertools.count()  # a second passes at every look: a save every other step or so
     rlhf.time = SimpleNamespace(time=lambda: next(clock))
+
     def tick():
         events.value += 1
         if events.value == at:
             os.kill(os.getpid(), signal.SIGKILL)
+
     def counted(function):
         def wrapper(*arguments, **more):
             tick()
             outcome = function(*arguments, **more)
             tick()
             return outcome
+
         return wrapper
+
     for where, name in ((rlhf, "update"), (rlhf, "save"), (rlhf.Run, "log"), (rlhf.Run, "save")):
         setattr(where, name, counted(getattr(where, name)))
     rlhf.run_stage(rlhf.STAGES[stage], cfg)
@@ -89,11 +94,13 @@ def test_a_signal_finishes_the_step_and_loses_nothing(start, project, monkeypatc
     update = rlhf.update
     handler = signal.getsignal(number)
     seen = []
+
     def interrupted(*arguments):
         seen.append(1)
         if len(seen) == 3:
             os.kill(os.getpid(), number)
         return update(*arguments)
+
     monkeypatch.setattr(rlhf, "update", interrupted)
     with pytest.raises(SystemExit, match="pretrain: stopped after step 3; --resume"):
         start("pretrain", save_minutes=1e6)
@@ -107,6 +114,7 @@ def test_a_second_signal_stops_at_once(start, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("went on")
+
     monkeypatch.setattr(rlhf, "update", impatient)
     with pytest.raises(SystemExit, match="pretrain: stopped at once"):
         start("pretrain")

@@ -164,15 +164,18 @@ def talk(project, monkeypatch, capsys):
     longer = gpt(vocab_size=257, block_size=96, n_embd=8, n_layer=1)
     rlhf.save(project / "out/ppo_ptx.pt", longer)
     tokenizer = rlhf.get_tokenizer(project / "data")
+
     def complete(policy, prompts, *_):
         talk.prompts += [tokenizer.decode(ids) for ids in prompts]
         assert max(map(len, prompts)) <= 96 - 5
         return [encode(tokenizer, talk.says) + [tokenizer.eot_token]]
+
     def talk(*lines):
         typed = iter(lines)
         monkeypatch.setattr("builtins.input", lambda _: next(typed, ""))
         run("chat", project)
         return capsys.readouterr().out
+
     talk.prompts = []
     talk.says = " Hi."
     monkeypatch.setattr(rlhf, "complete", complete)
