@@ -266,18 +266,18 @@ def score(model: ScalarModel, examples: list[Example], cfg: "Settings") -> Tenso
         scores[indices] = sequence_scores(model, tokens, total_lens)
     return scores
 
-def sample_responses(policy, prompts, eos, max_new_tokens, temperature=1.0) -> list[tuple]:
+def sample_responses(policy, prompts, eos, cfg: "Settings", temperature=1.0) -> list[tuple]:
     """A response to each prompt: its ids, and their log-probabilities when sampled."""
     def work(own_prompts: list) -> list[tuple]:
         results = []
-        for part in chunks(own_prompts, 256):  # which bounds the memory of the cache
-            results += respond(policy, part, max_new_tokens, eos, temperature)
+        for part in chunks(own_prompts, 8 * cfg.microbatch_size):  # a cache is all they need
+            results += respond(policy, part, cfg.max_new_tokens, eos, temperature)
         return results
     return spread(work, prompts)
 
-def complete(policy, prompts, eos, max_new_tokens, temperature=1.0) -> list[list[int]]:
+def complete(policy, prompts, eos, cfg: "Settings", temperature=1.0) -> list[list[int]]:
     """The ids of a response to each prompt, with its EOS if there is one."""
-    sampled = sample_responses(policy, prompts, eos, max_new_tokens, temperature)
+    sampled = sample_responses(policy, prompts, eos, cfg, temperature)
     return [response for response, _ in sampled]
 
 # ---- Optimization ----------------------------------------------------------------------
@@ -506,7 +506,7 @@ def sft(cfg: SFT) -> None:
         if (step + 1) % steps_per_epoch == 0:
             metrics["valid/loss"] = lm_pass(model, valid, cfg)
             if cfg.reward_model:
-                responses = complete(model, prompts, tokenizer.eot_token, cfg.max_new_tokens)
+                responses = complete(model, prompts, tokenizer.eot_token, cfg)
                 with torch.no_grad():
                     scores = score(reward_model, behind(prompts, responses), cfg)
                 metrics["valid/score"] = scores.mean().item()
@@ -530,7 +530,8 @@ def ranked_passes(rankings: list[Ranking], cfg: Settings) -> list[Ranked]:
     """This process's rankings, about microbatch_size completions a pass, prompts kept whole."""
     passes = []
     count = max(1, sum(len(set(ranking.ranks)) > 1 for ranking in rankings))
-    prompts = max(1, cfg.microbatch_size // 9)  # the paper's labelers ranked at most 9 (3.5)
+    largest = max(len(ranking.ranks) for ranking in rankings)  # the K of most completions
+    prompts = max(1, cfg.microbatch_size // largest)
     for part in chunks(share(rankings), prompts):
         examples = []
         ranks = []
@@ -660,7 +661,7 @@ def ppo(cfg: PPO) -> None:
         # 1. Sample a response to each prompt.
         batch = batch_at(records, cfg.rollout_size, iteration, cfg.seed)
         prompts = [record["prompt_ids"] for record in batch]
-        sampled = sample_responses(policy, prompts, eos, cfg.max_new_tokens)
+        sampled = sample_responses(policy, prompts, eos, cfg)
         responses = [response for response, _ in sampled]
         texts = [decode(tokenizer, response) for response in responses]
         examples = behind(prompts, responses)
@@ -891,6 +892,9 @@ def evaluate(cfg: Evaluate) -> None:
     policies = {}  # "gpt+fewshot" is gpt with two examples before each prompt
     for title in cfg.models.split(","):
         title = title.strip()
+        if "+" in title and not (data / "fewshot.jsonl").exists():
+            print(f"There is no {data / 'fewshot.jsonl'}: {title} is left out.")
+            continue
         policy = load_if_there(cfg, title.split("+")[0], GPT)
         if policy:
             policies[title] = policy
@@ -918,7 +922,7 @@ def evaluate(cfg: Evaluate) -> None:
         shown = prompts
         if "+" in title:
             shown = [(shots + prompt)[-longest:] for prompt in prompts]
-        responses = complete(policy, shown, eos, cfg.max_new_tokens, cfg.temperature)
+        responses = complete(policy, shown, eos, cfg, cfg.temperature)
         turns = [own_turn(decode(tokenizer, response)) for response in responses]
         written[title] = turns
         row = {}
@@ -945,7 +949,7 @@ def evaluate(cfg: Evaluate) -> None:
             row["held-out loss"] = lm_pass(policy, heldout, cfg)
         for task, own_probes in probes.items():
             asked = [probe["prompt_ids"] for probe in own_probes]
-            answers = complete(policy, asked, eos, cfg.max_new_tokens, temperature=0)
+            answers = complete(policy, asked, eos, cfg, temperature=0)
             right = []
             for probe, answer in zip(own_probes, answers):
                 right.append(decode(tokenizer, answer).startswith(probe["completion"]))
@@ -997,8 +1001,8 @@ def chat(cfg: Chat) -> None:
             ids = encode(tokenizer, render(messages))
         if len(ids) > longest:
             print(f"(This is too long: only the last {longest} tokens are read.)")
-        responses = complete(policy, [ids[-longest:]], tokenizer.eot_token, cfg.max_new_tokens,
-                             cfg.temperature)
+        prompts = [ids[-longest:]]
+        responses = complete(policy, prompts, tokenizer.eot_token, cfg, cfg.temperature)
         reply = own_turn(decode(tokenizer, responses[0])).strip()
         print("Assistant:", printable(reply))
         messages.append({"role": "assistant", "content": reply})
@@ -1140,6 +1144,8 @@ class Run:
     def log(self, metrics: dict, *shown: str) -> None:
         """Write a line of metrics.jsonl; `shown` keys appear beside the progress bar."""
         line = {"step": self.step + 1, "seconds": round(time.time() - self.began, 2), **metrics}
+        if self.cfg.device == "cuda":
+            line["gigabytes"] = torch.cuda.max_memory_reserved() / 1e9
         print(json.dumps(line), file=self.file, flush=True)
         self.bar.set_postfix({key: f"{metrics[key]:.3g}" for key in shown}, refresh=False)
         self.bar.update()
@@ -1209,6 +1215,8 @@ def run_stage(stage, cfg: Settings) -> None:
     try:
         settle(cfg)
         torch.manual_seed(cfg.seed)
+        if cfg.device == "cuda":  # cuDNN's attention takes 0.1 s to plan for every new shape
+            torch.backends.cuda.enable_cudnn_sdp(False)
         mixed = cfg.dtype == "bfloat16"
         # without a cache of weights in bfloat16, which a recorded step cannot use
         with joined(cfg.device), torch.autocast(cfg.device, torch.bfloat16, mixed, False):

@@ -212,7 +212,7 @@ def best_of_n(out: Path, names: list[str]) -> dict[str, dict[str, float]]:
     scores = defaultdict(list)  # judge -> SAMPLES lists with a score for each prompt
     torch.manual_seed(cfg.seed)
     for _ in range(SAMPLES):
-        responses = rlhf.complete(policy, prompts, tokenizer.eot_token, cfg.max_new_tokens)
+        responses = rlhf.complete(policy, prompts, tokenizer.eot_token, cfg)
         totals = []
         for row, response in zip(rows, responses):
             turn = files.own_turn(files.decode(tokenizer, response))

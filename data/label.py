@@ -76,7 +76,7 @@ class Sampler:
         for name, own in asked.items():
             prompts = [row["prompt_ids"] for row in own]
             eos = self.tokenizer.eot_token
-            responses = rlhf.complete(self.models[name], prompts, eos, self.cfg.max_new_tokens)
+            responses = rlhf.complete(self.models[name], prompts, eos, self.cfg)
             for row, ids in zip(own, responses):
                 row["completions"].append(files.own_turn(files.decode(self.tokenizer, ids)))
         if not self.cfg.blind:

@@ -66,7 +66,7 @@ def decode(cfg: rlhf.PPO, config: GPTConfig) -> Row:
     rows = cfg.rollout_size
     weights = sum(p.numel() for p in policy.parameters())
     cached = 2 * config.n_layer * config.n_embd * rows * sum(range(PROMPT + 1, PROMPT + NEW))
-    work = functools.partial(rlhf.complete, policy, random_ids(config, rows, PROMPT), -1, NEW)
+    work = functools.partial(rlhf.complete, policy, random_ids(config, rows, PROMPT), -1, cfg)
     flops = forward_flops(config, rows, PROMPT + NEW - 1, NEW)
     return Row(work, rows * NEW, flops, 4 * (weights * NEW + cached))
 

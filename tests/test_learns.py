@@ -69,7 +69,7 @@ def rank_by_gold(data, cfg):
     for name, count in (("comparisons", 900), ("comparisons_valid", 40)):
         asked = [list(KINDS)[i % 4] for i in range(count)]
         ids = [encode(tokenizer, prompt(kind)) for kind in asked for _ in range(6)]
-        responses = rlhf.complete(model, ids, tokenizer.eot_token, cfg.max_new_tokens)
+        responses = rlhf.complete(model, ids, tokenizer.eot_token, cfg)
         texts, rows = [decode(tokenizer, response) for response in responses], []
         for i, kind in enumerate(asked):
             own = texts[6 * i : 6 * i + 6]

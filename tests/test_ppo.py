@@ -26,9 +26,10 @@ def row_logprobs(policy, ids, start):
     return logprobs.gather(1, tensor(ids).long()[1:, None])[start - 1 :, 0]
 
 def test_responses_come_in_the_order_of_the_prompts(policy, prompts):
-    """However many there are: 256 are sampled at a time."""
-    few = rlhf.complete(policy, prompts, 2, 6, temperature=0)
-    assert rlhf.complete(policy, prompts * 50, 2, 6, temperature=0) == few * 50
+    """However many there are: 8 times --microbatch_size are sampled at a time."""
+    cfg = rlhf.Settings(max_new_tokens=6, microbatch_size=3)
+    few = rlhf.complete(policy, prompts, 2, cfg, temperature=0)
+    assert rlhf.complete(policy, prompts * 50, 2, cfg, temperature=0) == few * 50
     assert len(set(map(tuple, few))) > 2
 
 @pytest.mark.parametrize("lengths, size, device, expected", [
@@ -41,6 +42,14 @@ def test_passes_have_rows_of_like_length(lengths, size, device, expected):
     examples = [Example([0] * length, 0) for length in lengths]
     passes = rlhf.by_length(range(len(lengths)), examples, cfg)
     assert sorted(map(sorted, passes)) == sorted(expected)
+
+@pytest.mark.parametrize("completions, size, prompts", [
+    ([2] * 8, 8, [4, 4]), ([2, 2, 4], 8, [2, 1]), ([9, 3], 4, [1, 1])])
+def test_a_pass_has_whole_prompts_and_seldom_more_rows_than_asked_for(completions, size, prompts):
+    rankings = [Ranking([Example([0], 0)] * k, list(range(k)), "") for k in completions]
+    passes = rlhf.ranked_passes(rankings, rlhf.Settings(microbatch_size=size, device="cpu"))
+    assert [len(set(ranked.groups.tolist())) for ranked in passes] == prompts
+    assert sum(len(ranked.examples) for ranked in passes) == sum(completions)
 
 def test_update_refuses_a_gradient_that_is_not_finite(policy):
     before = weights(policy)

@@ -35,10 +35,10 @@ def test_flops_are_those_that_torch_counts():
     linear, attention = counted(partial(model, torch.zeros(ROWS, 16, dtype=torch.long)))
     expected = linear + attention * (16 * 17 / 2) / 16**2
     assert bench.forward_flops(SMALL, ROWS, 16, 16) == pytest.approx(expected, rel=1e-12)
-    cfg = rlhf.Settings(device="cpu", dtype="float32")
+    cfg = rlhf.Settings(device="cpu", dtype="float32", max_new_tokens=5)
     linear, _ = counted(partial(rlhf.lm_pass, model, [Example([1] * 24, 1)] * ROWS, cfg, 1.0))
     assert linear == 3 * linear_flops(23, 23)
-    linear, _ = counted(partial(rlhf.complete, model, [[1] * 8] * ROWS, -1, 5))
+    linear, _ = counted(partial(rlhf.complete, model, [[1] * 8] * ROWS, -1, cfg))
     assert linear == linear_flops(12, 5)
 
 def test_table_and_json(monkeypatch, capsys):

@@ -112,16 +112,40 @@ def test_a_step_that_cannot_be_recorded_is_made_as_it_is(gpu, prompts, monkeypat
         generate(gpt().to("cuda"), prompts, 12, -1, 0)
     assert "not permitted when capturing" in capsys.readouterr().out
 
+def stage_logs(project, device: str) -> list[dict]:
+    """What the stages log whose random numbers do not depend on the device."""
+    logs = []
+    for stage, fields in (SMALL | EVALUATE).items():
+        cfg = stage_settings(stage, project, device=device, **fields)
+        torch.manual_seed(0)
+        rlhf.STAGES[stage](cfg)
+        if stage in ("pretrain", "rm", "dpo"):
+            logs += read_log(cfg)
+    return logs
+
 def test_every_stage_keeps_to_its_device(gpu, project):
     """And does what it does on the CPU, up to where random numbers are drawn in another order."""
-    logs = {"cpu": [], "cuda": []}
-    for device, mode in (("cpu", nullcontext()), ("cuda", gpu)):
-        for stage, fields in (SMALL | EVALUATE).items():
-            cfg = stage_settings(stage, project, device=device, **fields)
-            torch.manual_seed(0)
-            with mode:
-                rlhf.STAGES[stage](cfg)
-            if stage in ("pretrain", "rm", "dpo"):
-                logs[device] += read_log(cfg)
-    for one, other in zip(logs["cpu"], logs["cuda"]):
+    here = stage_logs(project, "cpu")
+    with gpu:
+        there = stage_logs(project, "cuda")
+    for one, other in zip(here, there):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
+
+# ---- on a real GPU -----------------------------------------------------------------------------
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+@needs_gpu
+def test_a_gpu_does_what_the_cpu_does(project):
+    for one, other in zip(stage_logs(project, "cpu"), stage_logs(project, "cuda")):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
+    assert max(line["sampler_gap"] for line in read_log(stage_settings("ppo", project))) < 1e-4
+
+@needs_gpu
+@pytest.mark.parametrize("eos", [4, 6, -1])
+def test_a_step_recorded_on_a_gpu_decodes_what_the_cpu_does(prompts, eos, capsys):
+    policy = gpt()
+    here = generate(policy, prompts, 12, eos, 0)
+    there = generate(policy.to("cuda"), prompts, 12, eos, 0)
+    assert [x.tolist() for x in here] == [x.tolist() for x in there]
+    assert capsys.readouterr().out == ""  # it was recorded

@@ -41,7 +41,8 @@ def work(cfg) -> None:
     seen = {"gradients": [], "drawn": []}
     torch.manual_seed(0)
     prompts = [[3], [4, 5, 6], [2, 9], [8, 1], [5, 5, 5, 5], [10, 4], [7]]
-    seen["greedy"] = rlhf.complete(gpt(), prompts, 0, 9, temperature=0)
+    longer = rlhf.Settings(max_new_tokens=9)
+    seen["greedy"] = rlhf.complete(gpt(), prompts, 0, longer, temperature=0)
     sum_gradients = rlhf.sum_gradients
 
     def record_gradients(model):

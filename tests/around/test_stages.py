@@ -48,14 +48,19 @@ def test_a_stage_leaves_a_model_and_a_log(project):
 
 @pytest.mark.parametrize("missing, columns", [
     ("nothing", ""), ("pretrain_valid.txt", "held-out loss"), ("probes.jsonl", "in-context"),
-    ("rm.pt", "RM score"), ("ppo_init.pt", "KL"), ("sft.pt", "win rate,±")])
+    ("rm.pt", "RM score"), ("ppo_init.pt", "KL"), ("sft.pt", "win rate,±"),
+    ("fewshot.jsonl", "")])
 def test_the_table_has_every_row_and_every_column_that_it_can(project, capsys, missing, columns):
     for path in project.rglob(missing):
         path.unlink()
     models = "gpt,gpt+fewshot" if missing == "sft.pt" else "gpt,gpt+fewshot,sft"
     run("evaluate", project, models=models)
     expected = [name for name in COLUMNS.split(",") if name not in columns.split(",")]
-    assert ".pt" not in missing or missing[:-3] in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert ".pt" not in missing or missing[:-3] in printed
+    if missing == "fewshot.jsonl":
+        assert f"There is no {project}/data/fewshot.jsonl: gpt+fewshot is left out." in printed
+        models = "gpt,sft"
     rows = table(project)
     assert list(rows) == models.split(",")
     for row in rows.values():
