@@ -20,7 +20,7 @@ from statistics import mean
 
 ROOT = Path(__file__).resolve().parent.parent
 PATCHES = {path.stem: path for path in sorted(ROOT.glob("patches/*/*.patch"))}
-START = ("gpt", "sft0", "rm", "ppo_init", "sft")  # checkpoints that stages start from
+START = ("gpt", "sft0", "rm", "sft", "ppo_init")  # the last is evaluated, if none is trained
 COLUMNS = ["gold", "RM score", "KL", "EOS", "length"]
 
 def header(patch: Path) -> dict[str, str]:
