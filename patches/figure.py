@@ -1,41 +1,52 @@
-"""Draw what PPO-ptx and its variants reach, as gold score along KL, from what run.py measured.
+"""Draw gold along KL for PPO-ptx, DPO and what may replace them, from what run.py measured.
 
     python patches/figure.py out/patches    -> patches/variants.png
 
-Each dot is the model that a run saved, on held-out prompts. Bars are 95 % intervals over prompts
-(normal approximation): other seeds may differ by more. Needs matplotlib.
+A small dot is the model of one seed, on held-out prompts; a large one is the mean over seeds. Needs
+matplotlib.
 """
 
 import json
+import math
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from run import PATCHES, header
 
-def point(axis, path: Path, model: str, label: str, colour: str) -> None:
-    """A model of an evaluation: its gold along its KL."""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    gold = np.mean(found["gold"][model], axis=0)  # over samples, for each prompt
-    error = 1.96 * gold.std(ddof=1) / len(gold) ** 0.5
-    kl = found["table"][model]["KL"]
-    axis.errorbar(kl, gold.mean(), error, fmt="o", color=colour, elinewidth=0.5)
-    place = (kl, gold.mean())
-    axis.annotate(label, place, (4, 2), textcoords="offset points", fontsize=8)
+COMPARED = ("reinforce", "rloo", "grpo", "online-dpo", "best-of-n")
+BESIDE = {"PPO-ptx": (-24, 10), "best-of-n": (-68, 4)}  # where (6, 4) would hide another label
+UNPATCHED = {"ppo": "PPO-ptx", "dpo": "DPO", "evaluate": "start of all"}  # stage -> its model
+
+def read(path: Path) -> dict[str, dict]:
+    """{label: {seed: (KL, gold)}} of the variants compared, and of what they replace."""
+    places = defaultdict(dict)
+    for line in path.read_text(encoding="utf-8").splitlines():
+        found = json.loads(line)
+        name = found["patch"]
+        if name in COMPARED:
+            stage = header(PATCHES[name])["Stages"]
+            for label, values in ((UNPATCHED[stage], found["before"]), (name, found["after"])):
+                kl = values["KL"]
+                if label == "best-of-n":
+                    kl = math.log(4) - 3 / 4  # at most: log n - (n - 1) / n, with n = 4
+                places[label][found["seed"]] = (kl, values["gold"])
+    return places
 
 def main() -> None:
     folder = Path("out/patches")
     if len(sys.argv) > 1:
         folder = Path(sys.argv[1])
-    variants = Path(__file__).parent / "variants"
     _, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    for path in sorted(folder.glob("*/evaluate.json")):
-        name = path.parent.name.rsplit("-", 2)[0]  # NAME-SEED-HASH
-        for model in json.loads(path.read_text(encoding="utf-8"))["gold"]:
-            if name == "unpatched":
-                point(axis, path, model, model, "tab:orange")
-            elif (variants / f"{name}.patch").exists():
-                point(axis, path, model, name, "tab:blue")
+    for label, of_seeds in read(folder / "measured.jsonl").items():
+        colour = "tab:blue" if label in COMPARED else "tab:orange"
+        points = np.array(list(of_seeds.values()))  # (seeds, 2)
+        axis.scatter(*points.T, s=8, color=colour, alpha=0.6)
+        middle = points.mean(0)
+        axis.scatter(*middle, s=50, color=colour)
+        axis.annotate(label, middle, BESIDE.get(label, (6, 4)), textcoords="offset points")
     axis.set(xlabel="KL from the start, nats a response", ylabel="gold score")
     axis.spines[["top", "right"]].set_visible(False)
     plt.savefig(Path(__file__).parent / "variants.png", dpi=100)
