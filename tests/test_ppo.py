@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -25,12 +26,15 @@ def row_logprobs(policy, ids, start):
     logprobs = policy(tensor([ids]))[0, :-1].log_softmax(-1)
     return logprobs.gather(1, tensor(ids).long()[1:, None])[start - 1 :, 0]
 
-def test_responses_come_in_the_order_of_the_prompts(policy, prompts):
+def test_responses_come_in_the_order_of_the_prompts(policy, prompts, monkeypatch):
     """However many there are: 8 times --microbatch_size are sampled at a time."""
     cfg = rlhf.Settings(max_new_tokens=6, microbatch_size=3)
+    respond = Mock(side_effect=rlhf.respond)
+    monkeypatch.setattr(rlhf, "respond", respond)
     few = rlhf.complete(policy, prompts, 2, cfg, temperature=0)
     assert rlhf.complete(policy, prompts * 50, 2, cfg, temperature=0) == few * 50
     assert len(set(map(tuple, few))) > 2
+    assert max(len(call.args[1]) for call in respond.call_args_list) == 8 * 3
 
 @pytest.mark.parametrize("lengths, size, device, expected", [
     ([10, 10, 11, 12, 300, 900], 4, "cuda", [[4, 5], [0, 1, 2, 3]]),
