@@ -270,7 +270,7 @@ def sample_responses(policy, prompts, eos, cfg: "Settings", temperature=1.0) -> 
     """A response to each prompt: its ids, and their log-probabilities when sampled."""
     def work(own_prompts: list) -> list[tuple]:
         results = []
-        for part in chunks(own_prompts, 8 * cfg.microbatch_size):  # a cache is all they need
+        for part in chunks(own_prompts, 8 * cfg.microbatch_size):  # without gradients
             results += respond(policy, part, cfg.max_new_tokens, eos, temperature)
         return results
     return spread(work, prompts)
@@ -335,7 +335,7 @@ class Settings:
     seed: Annotated[int, 0, 2**62] = 1  # random seed
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 on CUDA, else float32
-    microbatch_size: Count = 32  # rows per forward pass; only bounds the memory
+    microbatch_size: Count = 32  # rows per forward pass, in sampling 8 times that; bounds memory
     max_new_tokens: Count = 48  # longest response (paper: 1,000)
     gold: str = "data/fable.py"  # file with gold(row, completion), a score that is only shown
 
@@ -530,7 +530,7 @@ def ranked_passes(rankings: list[Ranking], cfg: Settings) -> list[Ranked]:
     """This process's rankings, about microbatch_size completions a pass, prompts kept whole."""
     passes = []
     count = max(1, sum(len(set(ranking.ranks)) > 1 for ranking in rankings))
-    largest = max(len(ranking.ranks) for ranking in rankings)  # the K of most completions
+    largest = max(len(ranking.ranks) for ranking in rankings)  # the largest K
     prompts = max(1, cfg.microbatch_size // largest)
     for part in chunks(share(rankings), prompts):
         examples = []
@@ -889,11 +889,12 @@ def evaluate(cfg: Evaluate) -> None:
     tokenizer = get_tokenizer(cfg.data)
     eos = tokenizer.eot_token
     data = Path(cfg.data)
+    fewshot = data / "fewshot.jsonl"
     policies = {}  # "gpt+fewshot" is gpt with two examples before each prompt
     for title in cfg.models.split(","):
         title = title.strip()
-        if "+" in title and not (data / "fewshot.jsonl").exists():
-            print(f"There is no {data / 'fewshot.jsonl'}: {title} is left out.")
+        if "+" in title and not fewshot.exists():
+            print(f"There is no {fewshot}: its row is left out.")
             continue
         policy = load_if_there(cfg, title.split("+")[0], GPT)
         if policy:
@@ -910,8 +911,8 @@ def evaluate(cfg: Evaluate) -> None:
         for probe in read_prompts(data / "probes.jsonl", tokenizer, longest, "completion"):
             probes.setdefault(probe.get("task", "in-context"), []).append(probe)
     shots = []
-    if (data / "fewshot.jsonl").exists():
-        for example in read_demonstrations(data / "fewshot.jsonl", tokenizer, longest):
+    if fewshot.exists():
+        for example in read_demonstrations(fewshot, tokenizer, longest):
             shots += example.ids[:-1]  # without the EOS
     table = {}
     gold_scores = {}
@@ -1215,7 +1216,7 @@ def run_stage(stage, cfg: Settings) -> None:
     try:
         settle(cfg)
         torch.manual_seed(cfg.seed)
-        if cfg.device == "cuda":  # cuDNN's attention takes 0.1 s to plan for every new shape
+        if cfg.device == "cuda":  # cuDNN's attention plans anew, for 0.1 s, at each new shape
             torch.backends.cuda.enable_cudnn_sdp(False)
         mixed = cfg.dtype == "bfloat16"
         # without a cache of weights in bfloat16, which a recorded step cannot use

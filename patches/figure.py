@@ -27,12 +27,13 @@ def read(path: Path) -> dict[str, dict]:
         found = json.loads(line)
         name = found["patch"]
         if name in COMPARED:
-            stage = header(PATCHES[name])["Stages"]
-            for label, values in ((UNPATCHED[stage], found["before"]), (name, found["after"])):
-                kl = values["KL"]
-                if label == "best-of-n":
-                    kl = math.log(4) - 3 / 4  # at most: log n - (n - 1) / n, with n = 4
-                places[label][found["seed"]] = (kl, values["gold"])
+            before = found["before"]
+            after = found["after"]
+            if name == "best-of-n":
+                after["KL"] = math.log(4) - 3 / 4  # at most: log n - (n - 1) / n, with n = 4
+            unpatched = UNPATCHED[header(PATCHES[name])["Stages"]]
+            places[unpatched][found["seed"]] = (before["KL"], before["gold"])
+            places[name][found["seed"]] = (after["KL"], after["gold"])
     return places
 
 def main() -> None:
@@ -42,10 +43,10 @@ def main() -> None:
     _, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     for label, of_seeds in read(folder / "measured.jsonl").items():
         colour = "tab:blue" if label in COMPARED else "tab:orange"
-        points = np.array(list(of_seeds.values()))  # (seeds, 2)
-        axis.scatter(*points.T, s=8, color=colour, alpha=0.6)
-        middle = points.mean(0)
-        axis.scatter(*middle, s=50, color=colour)
+        kl, gold = np.array(list(of_seeds.values())).T
+        axis.scatter(kl, gold, s=8, color=colour, alpha=0.6)
+        middle = (kl.mean(), gold.mean())
+        axis.scatter(kl.mean(), gold.mean(), s=50, color=colour)
         axis.annotate(label, middle, BESIDE.get(label, (6, 4)), textcoords="offset points")
     axis.set(xlabel="KL from the start, nats a response", ylabel="gold score")
     axis.spines[["top", "right"]].set_visible(False)

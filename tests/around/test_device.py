@@ -4,7 +4,6 @@ Kernels and streams are not tried."""
 
 import copy
 import functools
-from contextlib import nullcontext
 from unittest.mock import Mock
 
 import pytest

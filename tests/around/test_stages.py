@@ -59,7 +59,7 @@ def test_the_table_has_every_row_and_every_column_that_it_can(project, capsys, m
     printed = capsys.readouterr().out
     assert ".pt" not in missing or missing[:-3] in printed
     if missing == "fewshot.jsonl":
-        assert f"There is no {project}/data/fewshot.jsonl: gpt+fewshot is left out." in printed
+        assert f"There is no {project}/data/fewshot.jsonl: its row is left out." in printed
         models = "gpt,sft"
     rows = table(project)
     assert list(rows) == models.split(",")
