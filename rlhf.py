@@ -20,7 +20,7 @@ after reading tokens[:, :t+1], and its action is tokens[:, t+1].
     rewards            .    .   -b k -b k -b k + score       b = kl_coef, k = log pi - log ref
 
 A value therefore belongs to the state before the action. The mask is made from lengths, never from
-token ids, and serves SFT and PPO alike.
+token ids, and serves SFT and PPO alike. "OpenAI, 2019" is Ziegler et al. (1909.08593), their code.
 """
 
 import argparse
@@ -107,9 +107,9 @@ def kl_rewards(
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95):
     """eq. (4): A_t = sum_l (gamma lam)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t.
 
-    Generalized advantage estimation (Schulman et al. 2016, eq. 16), all (B, T-1). The episode
-    ends with the last response token, after which V is 0. Returns the advantages A, and A +
-    V, the targets of the value network.
+    Generalized advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16), all (B,
+    T-1). The episode ends with the last response token, after which V is 0. Returns the
+    advantages A, and A + V, the targets of the value network.
     """
     rewards = torch.where(mask > 0, rewards, 0)
     values = torch.where(mask > 0, values, 0)
@@ -137,10 +137,10 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """eq. (5): -E[min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)], ratio = pi / pi_old.
 
-    The clipped objective of PPO (Schulman et al. 2017, eq. 7): all (B, T-1) -> (). That
-    every token weighs the same is our choice. Also returns means over response tokens: the
-    ratio, how often the clip takes effect, and half the squared log-ratio, an estimate of
-    KL(pi_old || pi) in nats a token.
+    The clipped objective of PPO (Schulman et al. 2017, arXiv 1707.06347, eq. 7): all (B, T-1)
+    -> (). That every token weighs the same is our choice. Also returns means over response
+    tokens: the ratio, how often the clip takes effect, and half the squared log-ratio, an
+    estimate of KL(pi_old || pi) in nats a token.
     """
     log_ratio = torch.where(mask > 0, logprobs - old_logprobs, 0)
     ratio = log_ratio.exp()
@@ -176,8 +176,8 @@ def implicit_rewards(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, beta:
     """eq. (8): beta log(pi(y|x) / ref(y|x)), summed over the response: (B, T-1) -> (B,).
 
     The reward for which pi is already optimal under eq. (3), up to a term that all
-    completions of a prompt share (Rafailov et al. 2023, eq. 5). Eq. (2) of these rewards is
-    DPO's loss (their eq. 7).
+    completions of a prompt share (Rafailov et al. 2023, arXiv 2305.18290, eq. 5). Eq. (2) of
+    these rewards is DPO's loss (their eq. 7).
     """
     return beta * torch.where(mask > 0, logprobs - ref_logprobs, 0).sum(1)
 
