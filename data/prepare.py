@@ -24,7 +24,7 @@ ASKED = ("prompt", "instruction")
 DEMONSTRATED = ("messages", "conversations", "completion", "output")
 COMPARED = ("chosen", "rejected", "completions", "ranks", "scores")
 FIELDS = CARRIED + ASKED + DEMONSTRATED + COMPARED + ("input", "label", "text")
-RANKED = ("", "chosen rejected", "completions", "completions ranks", "completions scores")
+RANKED = ("", "chosen, rejected", "completions", "completions, ranks", "completions, scores")
 HUMAN = "\n\nHuman:"  # how a turn begins
 CUE = "\n\nAssistant:"  # how an answer begins
 SPEAKERS = ROLES | {"human": "Human", "prompter": "Human", "gpt": "Assistant"}
@@ -211,7 +211,7 @@ def shown(row: dict, answers: dict, seen: Counter) -> list[str]:
 
 def find_ranks(row: dict, texts: list[str], seen: Counter) -> list[int]:
     """A rank for each answer to compare: 0 is best, equal ranks are ties."""
-    given = " ".join(field for field in COMPARED if field in row)
+    given = ", ".join(field for field in COMPARED if field in row)
     if given not in RANKED:
         wanted = "chosen and rejected, or completions with ranks or scores"
         raise ValueError(f"there should be {wanted}, not {given}")
@@ -495,8 +495,10 @@ def main(words: list[str] | None = None) -> None:
         sys.exit(f"prepare.py: {error}")
     if args.name != "fable" and "comparisons.jsonl" in files:
         feedback = " ".join(words or sys.argv[1:]).replace(f" --data {args.data}", "")
+        feedback = feedback.replace(f" --seed {args.seed}", "")  # train.sh passes both
+        out = str(args.data).removesuffix("/data")
         print("\nAll stages on these rows, from GPT-2's weights, on a GPU with 24 GB:")
-        print(f'    FEEDBACK="{feedback}" OUT="{args.data}" ./train.sh gpt2')
+        print(f'    FEEDBACK="{feedback}" OUT="{out}" SEED={args.seed} ./train.sh gpt2')
 
 if __name__ == "__main__":
     main()

@@ -347,14 +347,15 @@ def test_pairs_alone_are_enough_for_all_stages(data, tmp_path, capsys):
             for i in range(30)]
     rows += [{"prompt": "blank", "completions": ["", "e"]}, {"prompt": "Q1", "completion": "d"}]
     path = write(tmp_path / "pairs.jsonl", rows)
-    run("mine", path, "--valid", "0.1", data=data)
+    run("mine", path, "--seed", 3, "--valid", "0.1", data=data)
     assert len(both(data, "comparisons")) == 31 and len(both(data, "sft")) == 29 * 2 + 1
     assert {row["completion"] for row in both(data, "sft")} == {" b", " c", " d"}
     assert read_comparisons(data / "comparisons_valid.jsonl", get_tokenizer(data), 200)
     assert (data / "rm_prompts.jsonl").read_bytes() == (data / "prompts.jsonl").read_bytes()
     out = capsys.readouterr().out
     assert re.search(r"\d\d rankings of 3 answers, \d\d with ties", out)
-    assert f'FEEDBACK="mine {path} --valid 0.1" OUT="{data}" ./train.sh gpt2' in out
+    command = f'FEEDBACK="mine {path} --valid 0.1" OUT="{data.parent}" SEED=3 ./train.sh gpt2'
+    assert command in out
 
 def test_nothing_that_people_have_added_is_overwritten(data, tmp_path, capsys):
     """Its own rows prepare.py may write again; of files that it leaves alone it says so."""
