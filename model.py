@@ -47,7 +47,7 @@ class KVCache:
         self.column = columns[width - 1 : width]  # the last one written
 
     def next_token(self):
-        """Make room for each row's next token."""
+        """Make room for each row's next token, in place, as a CUDA graph needs it."""
         self.position += 1
         self.column += 1
         self.mask.index_fill_(3, self.column, True)
@@ -176,7 +176,7 @@ class ScalarModel(nn.Module):
             return self.head(states.float()).squeeze(-1)
 
 def pad_right(rows, device="cpu"):
-    """Lists of token ids -> tokens (B, T), padded with 0 (or any other token), and lens (B,)."""
+    """Lists of token ids -> tokens (B, T), padded with 0 (any id would do), and lens (B,)."""
     lens = torch.tensor([len(row) for row in rows])
     tensors = [torch.as_tensor(row, dtype=torch.long) for row in rows]
     tokens = nn.utils.rnn.pad_sequence(tensors, batch_first=True)
@@ -205,7 +205,7 @@ def recorded(step, token: Tensor):
     try:
         return torch.cuda.make_graphed_callables(step, (token,))
     except RuntimeError as error:
-        print(f"Decoding is not recorded, which makes it slower: {error}")
+        print(f"No CUDA graph, so decoding is slower: {error}")
         return step
 
 @torch.no_grad()
@@ -219,7 +219,7 @@ def respond(model, prompts, max_new_tokens, eos, temperature=1.0):
     room = model.config.block_size - max_new_tokens
     if lens.min() < 1 or lens.max() > room:
         raise ValueError(f"prompts need 1 to {room} tokens, as {max_new_tokens} new ones follow")
-    rows = torch.arange(len(prompts), device=tokens.device)  # the prompts in the cache
+    rows = torch.arange(len(prompts), device=tokens.device)  # the prompts still in the cache
     responses = torch.full((len(prompts), max_new_tokens), eos, device=tokens.device)
     logprobs = torch.zeros(responses.shape, device=tokens.device)
     cache = KVCache(lens, tokens.size(1), max_new_tokens)

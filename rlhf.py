@@ -2,7 +2,7 @@
 
     pretrain -> sft (step 1) -> rm (step 2) -> ppo (step 3), or dpo -> evaluate, chat
 
-Symbols, the paper's and ours (gamma is its ptx coefficient, elsewhere the discount):
+Symbols: the paper's, ours, and where the paper has them (its gamma is not our discount):
 
     pi^RL, pi^SFT   policy, ref       eq. 2     gamma      ptx_coef      eq. 2
     r_theta(x, y)   scores (B,)       eq. 1     discount   gamma = 1     C.4
@@ -64,14 +64,14 @@ def masked_mean(x: Tensor, mask: Tensor, count=None) -> Tensor:
     return torch.where(mask > 0, x, 0).sum() / count
 
 def lm_loss(logprobs: Tensor, mask: Tensor, count=None) -> Tensor:
-    """eq. (1): -E[log pi(token)], in nats a token: (B, T-1), (B, T-1) -> ().
+    """eq. (1): -E[log pi(token)], in nats per token: (B, T-1), (B, T-1) -> ().
 
     SFT's loss, whose mask excludes the prompt (our choice; not stated), and the ptx term.
     """
     return -masked_mean(logprobs, mask, count)
 
 def pairwise_loss(scores: Tensor, ranks: Tensor, groups: Tensor, count=None) -> Tensor:
-    """eq. (2): -1/C(K,2) E[log sigmoid(r(x, y_w) - r(x, y_l))], nats a pair (paper, eq. 1).
+    """eq. (2): -1/C(K,2) E[log sigmoid(r(x, y_w) - r(x, y_l))], nats per pair (paper, eq. 1).
 
     scores (N,), ranks (N,) with 0 = best and equal ties, groups (N,) the index of the prompt
     -> (). Each completion is scored once and compared with all others of its prompt. Tied
@@ -123,7 +123,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
     return advantages, advantages + values
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0 and population variance 1 over all valid tokens, else 0: -> (B, T-1).
+    """Mean 0 and population variance 1 over response tokens, 0 elsewhere: -> (B, T-1).
 
     Not stated by the paper. OpenAI's code of 2019 whitens each minibatch, we the whole rollout.
     """
@@ -140,7 +140,7 @@ def policy_loss(
     The clipped objective of PPO (Schulman et al. 2017, arXiv 1707.06347, eq. 7): all (B, T-1)
     -> (). That every token weighs the same is our choice. Also returns means over response
     tokens: the ratio, how often the clip takes effect, and half the squared log-ratio, an
-    estimate of KL(pi_old || pi) in nats a token.
+    estimate of KL(pi_old || pi) in nats per token.
     """
     log_ratio = torch.where(mask > 0, logprobs - old_logprobs, 0)
     ratio = log_ratio.exp()
@@ -164,9 +164,9 @@ def value_loss(
     values = torch.where(mask > 0, values, 0)
     old_values = torch.where(mask > 0, old_values, 0)
     returns = torch.where(mask > 0, returns, 0)
-    near = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    v_clip = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
     unclipped = (values - returns) ** 2
-    clipped = (near - returns) ** 2
+    clipped = (v_clip - returns) ** 2
     return 0.5 * masked_mean(torch.maximum(unclipped, clipped), mask, count), {
         "val/clipfrac": masked_mean((clipped > unclipped).float(), mask, count),
         "val/error": masked_mean(unclipped.detach(), mask, count),
@@ -197,7 +197,7 @@ def pad_examples(examples: list[Example], device: str) -> tuple[Tensor, Tensor, 
 def token_logprobs(policy: GPT, tokens: Tensor, mask: Tensor) -> Tensor:
     """log pi(tokens[:, t+1] | tokens[:, :t+1]) where mask is 1, else 0: -> (B, T-1), float32.
 
-    All log-probabilities come from this function, so the ratio before the first update is
+    All losses take their log-probabilities from here, so the ratio before the first update is
     exactly 1. Only the columns in the mask meet the unembedding, which takes most of the
     memory where the vocabulary is large.
     """
@@ -246,7 +246,7 @@ def totals(passes: list[dict]) -> dict[str, float]:
     return sums
 
 def lm_pass(policy: GPT, examples: list[Example], cfg: "Settings", coef: float = 0.0) -> float:
-    """Eq. (1) over the examples, in nats a token; accumulates the gradient of coef * (1)."""
+    """Eq. (1) over the examples, in nats per token; accumulates the gradient of coef * loss."""
     count = sum(len(example.ids) - example.prompt_len for example in examples)
     losses = []
     for indices in microbatches(range(len(examples)), examples, cfg):
@@ -270,7 +270,7 @@ def sample_responses(policy, prompts, eos, cfg: "Settings", temperature=1.0) -> 
     """A response to each prompt: its ids, and their log-probabilities when sampled."""
     def work(own_prompts: list) -> list[tuple]:
         results = []
-        for part in chunks(own_prompts, 8 * cfg.microbatch_size):  # without gradients
+        for part in chunks(own_prompts, 8 * cfg.microbatch_size):  # no gradients: more fit
             results += respond(policy, part, cfg.max_new_tokens, eos, temperature)
         return results
     return spread(work, prompts)
@@ -287,7 +287,7 @@ def adam(model) -> torch.optim.Adam:
     return torch.optim.Adam(model.parameters(), betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 def schedule(step: int, total: int, warmup: float = 0.0) -> float:
-    """The factor on the peak learning rate: cosine to a tenth (C.1, C.2), after our warmup."""
+    """The factor on the peak learning rate: cosine to a tenth (C.1, C.2), capped by our warmup."""
     cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * step / total))
     return min(cosine, (step + 1) / max(1, warmup * total))
 
@@ -435,7 +435,7 @@ CHOICES["dtype"] = ("auto", "float32", "bfloat16")
 # ---- Pretraining, and step 1: supervised fine-tuning -----------------------------------
 
 def pretrain(cfg: Pretrain) -> None:
-    """Train a GPT from random weights on raw text: what it learns here, later steps only steer."""
+    """Train a GPT from random weights on raw text; later stages only steer what it learns here."""
     tokenizer = get_tokenizer(cfg.data)
     documents = read_documents(Path(cfg.data) / "pretrain.txt", tokenizer)
     vocabulary = fingerprint(tokenizer)
@@ -492,7 +492,7 @@ def sft(cfg: SFT) -> None:
         reward_model = load(cfg, cfg.reward_model, ScalarModel)
         longest = longest_prompt([model, reward_model], cfg)
         records = read_prompts(data / "sft_valid.jsonl", tokenizer, longest)
-        prompts = [record["prompt_ids"] for record in records] * 4  # for a mean of less noise
+        prompts = [record["prompt_ids"] for record in records] * 4  # for a less noisy mean
     steps_per_epoch = math.ceil(len(examples) / cfg.batch_size)
     total = cfg.epochs * steps_per_epoch
     optimizer = adam(model)
@@ -667,8 +667,8 @@ def ppo(cfg: PPO) -> None:
         examples = behind(prompts, responses)
         _, mask, _ = pad_examples(examples, cfg.device)
 
-        # 2. Let the reward model, the policy, the reference and the value network read them. The
-        #    forward passes are those of the first updates, so the first ratio is exactly 1.
+        # 2. Reward model, policy, reference and value network read them, in the passes of the first
+        #    updates, so the first ratio is exactly 1; all_sum merges the processes' rows.
         minibatches = chunks(range(len(batch)), cfg.minibatch_size)
         scores = torch.zeros(len(batch), device=cfg.device)
         old_logprobs = torch.zeros_like(mask)
@@ -696,7 +696,7 @@ def ppo(cfg: PPO) -> None:
         advantages, returns = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)
         advantages = whiten(advantages, mask)
 
-        # 4. Update both networks, eq. (5) and (6), a step a minibatch; first in the order of 2.
+        # 4. Update both networks, eq. (5) and (6), one step per minibatch; first in the order of 2.
         for _ in range(cfg.epochs - 1):
             minibatches += chunks(rng.permutation(len(batch)).tolist(), cfg.minibatch_size)
         warmup = min(1.0, 0.1 + 0.09 * iteration)  # a tenth to 1 (C.4: of the policy)
@@ -833,7 +833,7 @@ def dpo(cfg: DPO) -> None:
     run.finish(policy)
 
 def dpo_pass(policy, ref, rankings: list[Ranking], cfg: DPO, train: bool) -> dict:
-    """DPO's loss on the rankings, in nats a pair; accumulates its gradient in training.
+    """DPO's loss on the rankings, in nats per pair; accumulates its gradient in training.
 
     Also returns means over pairs: how often the winner has the higher reward, by how much, and
     its log-probability, which DPO may lower along with the loser's.
@@ -1052,7 +1052,7 @@ def load(cfg: Settings, name: str, kind: type = GPT, dropout: float = 0.0) -> GP
     return model.float().to(cfg.device).eval()
 
 def longest_prompt(models: list, cfg: Settings) -> int:
-    """The longest prompt, in tokens, that leaves all models that are there room for a response."""
+    """The longest prompt, in tokens, that leaves every model (None is skipped) room to respond."""
     context = min(model.config.block_size for model in models if model)
     if cfg.max_new_tokens >= context:
         raise UserError(f"--max_new_tokens should be below {context}, to leave room for a prompt")
@@ -1063,9 +1063,9 @@ def longest_prompt(models: list, cfg: Settings) -> int:
 class Run:
     """What a stage that trains leaves in out/<name>/: metrics.jsonl and state.pt.
 
-    Each step has a seed of its own, so step n is the same whoever starts it: killed at any
-    moment, --resume goes on from the last save to the same bits. `files` of the data set decide
-    the outcome; `parts`, models and optimizers, change.
+    Each step has a seed of its own, so step n is the same whoever starts it: after a kill at any
+    moment, --resume goes on from the last save to the same bits, if `files` of the data set are
+    unchanged. `parts` are the models and optimizers that a save keeps.
     """
     def __init__(self, cfg: Training, total: int, files: list[str], parts: list):
         self.cfg = cfg
@@ -1184,7 +1184,7 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
     for field in fields(settings):
         text = f"{comments.get(field.name, '')} [{field.default}]".replace("%", "%%")
         options = {"default": field.default, "help": text}
-        kind = (get_args(field.type) or [field.type])[0]  # of float | None, and with limits
+        kind = (get_args(field.type) or [field.type])[0]  # int of Annotated[int, 1, 9], int | None
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif kind in (int, float):
@@ -1219,7 +1219,7 @@ def run_stage(stage, cfg: Settings) -> None:
         if cfg.device == "cuda":  # cuDNN's attention plans anew, for 0.1 s, at each new shape
             torch.backends.cuda.enable_cudnn_sdp(False)
         mixed = cfg.dtype == "bfloat16"
-        # without a cache of weights in bfloat16, which a recorded step cannot use
+        # cache_enabled=False: a recorded step cannot use cached bfloat16 copies of the weights
         with joined(cfg.device), torch.autocast(cfg.device, torch.bfloat16, mixed, False):
             stage(cfg)
     except UserError as error:
