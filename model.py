@@ -150,8 +150,9 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def unembed(self, states: Tensor) -> Tensor:
-        """States (..., C) -> logits (..., V). Separate, since few columns need them."""
-        return F.linear(states, self.wte.weight)
+        """States (..., C) -> logits (..., V), float32. Separate, since few columns need them."""
+        with torch.autocast(states.device.type, enabled=False):  # bfloat16 would round logits
+            return F.linear(states.float(), self.wte.weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.unembed(self.hidden(tokens))
@@ -191,7 +192,7 @@ def sample(logits: Tensor, temperature: float = 1.0):
     if temperature == 0:  # all probability is on the likeliest token
         token = logits.argmax(-1)
         return token, torch.zeros_like(token, dtype=torch.float)
-    logprobs = F.log_softmax(logits.float() / temperature, dim=-1)
+    logprobs = F.log_softmax(logits / temperature, dim=-1)
     cumulative = logprobs.exp().cumsum(-1)
     total = cumulative[:, -1:]  # 1, but for rounding
     uniform = total * torch.rand_like(total)

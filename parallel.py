@@ -15,9 +15,9 @@ import torch.distributed as dist
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
 
 @contextmanager
-def joined(device: str):
-    """Inside, this process is one of torchrun's, with a GPU of its own if there are GPUs."""
-    if "RANK" not in os.environ:
+def joined(device: str, shared: bool):
+    """Inside, this process is one of torchrun's, if work is shared; each has a GPU if there are."""
+    if "RANK" not in os.environ or not shared:
         yield
         return
     if device == "cuda":

@@ -202,7 +202,7 @@ def token_logprobs(policy: GPT, tokens: Tensor, mask: Tensor) -> Tensor:
     memory where the vocabulary is large.
     """
     chosen = mask > 0
-    logits = policy.unembed(policy.hidden(tokens[:, :-1])[chosen]).float()
+    logits = policy.unembed(policy.hidden(tokens[:, :-1])[chosen])
     logprobs = -F.cross_entropy(logits, tokens[:, 1:][chosen], reduction="none")
     return torch.zeros_like(mask).masked_scatter(chosen, logprobs)
 
@@ -364,7 +364,7 @@ class SFT(Training):
     learning_rate: NotNegative = 5e-4  # peak, cosine to 10 % (paper: 9.65e-6; 175B: 5.03e-6)
     dropout: BelowOne = 0.2  # on the residual branches (paper: 0.2)
     pretrain_fraction: BelowOne = 0.0  # share of rows that are raw text (paper, for PPO: 0.1)
-    window: Count = 256  # longest such row, in tokens (paper: not stated)
+    window: Annotated[int, 2, 2**62] = 256  # longest such row, in tokens (paper: not stated)
     reward_model: str = ""  # keep the epoch whose samples it prefers; else the last
 
 @dataclass
@@ -392,8 +392,8 @@ class PPO(Training):
     value_learning_rate: NotNegative = 5e-4  # of the value network, warmed up alike (paper: 9e-6)
     kl_coef: NotNegative = 0.16  # beta (paper: 0.02)
     ptx_coef: NotNegative = 0.5  # gamma; 0 is plain PPO (paper: 27.8, of unknown scale)
-    ptx_ratio: NotNegative = 1.0  # rows of pretraining text per episode (paper: 8)
-    window: Count = 256  # longest such row, in tokens (paper: not stated)
+    ptx_ratio: Annotated[float, 1e-6, 1e9] = 1.0  # rows of pretraining text per episode (paper: 8)
+    window: Annotated[int, 2, 2**62] = 256  # longest such row, in tokens (paper: not stated)
     gamma: Fraction = 1.0  # discount (paper: none)
     lam: Fraction = 0.95  # lambda of GAE (paper: not stated; its predecessors: 0.95)
     cliprange: NotNegative = 0.2  # of the ratio (paper: 0.2)
@@ -940,7 +940,7 @@ def evaluate(cfg: Evaluate) -> None:
                 examples.append(Example(ids[-reward_model.config.block_size :], 0))
             row["RM score"] = score(reward_model, examples, cfg).mean().item()
         row["length"] = np.mean([len(response) for response in responses])
-        if ref:  # mean over responses of log pi(y|x) - log ref(y|x), in nats
+        if ref and cfg.temperature == 1:  # mean of log pi(y|x) - log ref(y|x), in nats
             own_loss = lm_pass(policy, behind(shown, responses), cfg)
             ref_loss = lm_pass(ref, behind(prompts, responses), cfg)
             row["KL"] = (ref_loss - own_loss) * row["length"]
@@ -1211,7 +1211,8 @@ def settle(cfg: Settings) -> None:
 
 def run_stage(stage, cfg: Settings) -> None:
     """Run a stage. Whatever the user can mend ends in one sentence."""
-    if RANK > 0 and not isinstance(cfg, Training):  # the rest is work for one process
+    shared = isinstance(cfg, Training)  # the rest is work for one process
+    if RANK > 0 and not shared:
         return
     try:
         settle(cfg)
@@ -1220,7 +1221,7 @@ def run_stage(stage, cfg: Settings) -> None:
             torch.backends.cuda.enable_cudnn_sdp(False)
         mixed = cfg.dtype == "bfloat16"
         # cache_enabled=False: a recorded step cannot use cached bfloat16 copies of the weights
-        with joined(cfg.device), torch.autocast(cfg.device, torch.bfloat16, mixed, False):
+        with joined(cfg.device, shared), torch.autocast(cfg.device, torch.bfloat16, mixed, False):
             stage(cfg)
     except UserError as error:
         sys.exit(f"{stage.__name__}: {error}")

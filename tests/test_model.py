@@ -72,6 +72,12 @@ def test_forward_is_gpt2s():
     policy.train()
     assert not torch.equal(policy(tokens), policy(tokens))
 
+def test_logits_are_not_rounded_to_bfloat16(policy):
+    states = torch.randn(3, 16, dtype=torch.bfloat16)
+    expected = states.double() @ policy.wte.weight.double().T
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(policy.unembed(states), expected.float())
+
 @pytest.mark.parametrize("network", [gpt, scalar])
 def test_causality(network):
     """A change of token t reaches the columns from t on, and none before; nor does padding."""

@@ -339,7 +339,7 @@ def ppo_by_hand(cfg, sampled, records, documents):
     return log, ema, policy
 
 @pytest.mark.parametrize("fields", [
-    dict(ptx_coef=3.0, ptx_ratio=1.1, iterations=3),
+    dict(ptx_coef=3.0, ptx_ratio=1.1, iterations=3, learning_rate=0.02, value_learning_rate=0.05),
     dict(microbatch_size=1, missing_eos_score=0.5),
     dict(microbatch_size=100, ptx_coef=0.0, epochs=3, gamma=0.9, lam=0.6, minibatch_size=2,
          cliprange=0.02, cliprange_value=0.03, learning_rate=0.02, value_learning_rate=0.05,
@@ -508,11 +508,12 @@ def test_accuracy_report_by_loop(tmp_path):
     report = rlhf.accuracy_report(reward_model, valid, {"a"}, cfg)
     assert "eval/length_correlation" not in report and report["eval/accuracy"] == 0
 
-def test_the_table_by_hand(project, tokenizer, calls, monkeypatch):
-    """Every column of `evaluate` from the responses that were sampled. Gold and reward model judge
-    the same part of a response."""
+@pytest.mark.parametrize("temperature", [1.0, 1.5])
+def test_the_table_by_hand(project, tokenizer, calls, monkeypatch, temperature):
+    """Every column of `evaluate` from the responses that were sampled; the KL is the policy's, so
+    only at temperature 1. Gold and reward model judge the same part of a response."""
     cfg = settings(rlhf.Evaluate, project, models="gpt+fewshot, sft,nothing", samples=3,
-                   temperature=1.5)
+                   temperature=temperature)
     probes = read_jsonl(project / "data/probes.jsonl")
     for probe, task in zip(probes, ("copying", "adding", "copying"), strict=True):
         probe["task"] = task
@@ -520,7 +521,7 @@ def test_the_table_by_hand(project, tokenizer, calls, monkeypatch):
     completed = calls("complete")
     monkeypatch.setattr(rlhf, "own_turn", lambda text: text[:2])
     rlhf.evaluate(cfg)
-    assert [arguments[4] for arguments, _ in completed[::3]] == [1.5, 1.5]  # temperatures
+    assert [arguments[4] for arguments, _ in completed[::3]] == [temperature] * 2
     responses = [result for _, result in completed]
     found = json.loads((project / "out/evaluate.json").read_text())
     table, gold = found["table"], rlhf.gold_function([{"wants": 1}], cfg.gold)
@@ -552,6 +553,8 @@ def test_the_table_by_hand(project, tokenizer, calls, monkeypatch):
         right = [decode(tokenizer, x).startswith(probe["completion"]) for probe, x in zip(
             (probes[0], probes[2], probes[1]), probed[0] + probed[1], strict=True)]
         expected |= {"copying": right[:2], "adding": right[2:]}
+        if temperature != 1:
+            expected.pop("KL")
         rate, margin = rlhf.win_rate(totals, np.array(found["gold"]["sft"]))
         expected |= {"win rate": [rate], "±": [margin]}
         assert row == pytest.approx({key: np.mean(x) for key, x in expected.items()}, abs=1e-4)
@@ -594,6 +597,7 @@ def test_checkpoint_round_trip(network, other, tmp_path):
 
 @pytest.mark.parametrize("stage, fields", [
     (rlhf.PPO, dict(gamma=1.01)), (rlhf.PPO, dict(lam=-0.1)), (rlhf.PPO, dict(name="rm")),
+    (rlhf.PPO, dict(ptx_ratio=0.0)), (rlhf.SFT, dict(window=1)),
     (rlhf.PPO, dict(name="ppo_init")), (rlhf.RM, dict(learning_rate=math.nan)),
     (rlhf.RM, dict(learning_rate=math.inf)), (rlhf.SFT, dict(epochs=0)),
     (rlhf.SFT, dict(dropout=1.0)), (rlhf.SFT, dict(pretrain_fraction=1.0))])

@@ -112,6 +112,10 @@ def test_only_the_first_process_writes_and_prints(results, monkeypatch, tmp_path
     cfg = settings(rlhf.Evaluate, tmp_path)
     rlhf.run_stage(rlhf.evaluate, cfg)  # the others leave at once, without a mistake
     assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(rlhf, "RANK", 0)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(parallel.dist, "init_process_group", pytest.fail)  # would wait for them
+    rlhf.run_stage(rlhf.evaluate, settings(rlhf.Evaluate, results.one, models="sft"))
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
