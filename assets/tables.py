@@ -30,7 +30,7 @@ T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # 97.5 % p
 BINS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.001)  # where 1 is in the last
 SAMPLES = 64  # of which best of n has 1 to all
 LABELERS = {"training labelers": fable.TRAIN_LABELERS, "other labelers": fable.HELDOUT_LABELERS}
-WITH_TEXT = ("rewrite", "summarization", "classification", "closed_qa", "extraction")
+WITH_TEXT = ("summarization", "classification", "closed_qa", "extraction")
 
 def spread(values: list[float]) -> str:
     """Mean and sample standard deviation."""
@@ -77,8 +77,9 @@ def preferred(run: dict, rows: list[dict], data: Path) -> dict[str, dict[str, fl
     new = new_to_all(rows, data)
     grades = {}
     for labeler, (model, responses) in product(fable.LABELERS, run["responses"].items()):
-        both = zip(rows, responses)
-        grades[labeler, model] = [fable.grade(labeler, row, text) for row, text in both]
+        both = zip(repeated(rows, responses), responses)
+        own = [fable.grade(labeler, row, text) for row, text in both]
+        grades[labeler, model] = np.reshape(own, (-1, len(rows)))  # (samples, prompts)
     found = {}
     for model in others:
         own, other = np.array(run["gold"][last]), np.array(run["gold"][model])
@@ -87,21 +88,36 @@ def preferred(run: dict, rows: list[dict], data: Path) -> dict[str, dict[str, fl
         cells["by gold, new wants"] = rlhf.win_rate(own[:, new], other[:, new])[0]
         shares = {}
         for labeler in fable.LABELERS:
-            both = zip(grades[labeler, last], grades[labeler, model])
-            shares[labeler] = np.mean([preference(labeler, a, b) for a, b in both])
+            chances = []
+            for both in product(grades[labeler, last], grades[labeler, model]):
+                chances += [preference(labeler, a, b) for a, b in zip(*both)]
+            shares[labeler] = np.mean(chances)
         for name, labelers in LABELERS.items():
             cells[f"by {name}"] = np.mean([shares[labeler] for labeler in labelers])
         cells["labelers in favour"] = np.mean([share > 0.5 for share in shares.values()])
         found[f"{last} to {model}"] = cells
     return found
 
-def made_up(rows: list[dict], responses: list[str], tasks: tuple) -> float:
-    """The share of responses with a falsehood: against the text given, or nobody can know it."""
-    found = []
-    for row, response in zip(rows, responses):
+def repeated(rows: list[dict], responses: list[str]) -> list[dict]:
+    """The row of each response, where there are several samples."""
+    return rows * (len(responses) // len(rows))
+
+def made_up(rows: list[dict], responses: list[str], tasks: tuple) -> tuple[float, float]:
+    """The shares of responses that make a statement, and of these with a falsehood.
+
+    A falsehood goes against the text given, or says what nobody can know.
+    """
+    statements = 0
+    falsehoods = 0
+    count = 0
+    for row, response in zip(repeated(rows, responses), responses):
         if row["task"] in tasks:
-            found.append(fable.falsehoods(row["wants"], fable.parse(response)) > 0)
-    return float(np.mean(found))
+            said = fable.parse(response)
+            false = fable.falsehoods(row["wants"], said) > 0
+            statements += false or any(one.kind in fable.REPORTS for one in said)
+            falsehoods += false
+            count += 1
+    return statements / count, falsehoods / max(1, statements)
 
 def print_models(outs: list[Path], runs: list[dict]) -> None:
     choices = []
@@ -112,8 +128,10 @@ def print_models(outs: list[Path], runs: list[dict]) -> None:
         inventions.append({})
         for model, responses in run["responses"].items():
             cells = inventions[-1][model] = {}
-            cells["made up, text given"] = made_up(rows, responses, WITH_TEXT)
-            cells["made up, unknown"] = made_up(rows, responses, ("unknown",))
+            spoken, false = made_up(rows, responses, WITH_TEXT)
+            cells["says something of the text given"] = spoken
+            cells["of that, made up"] = false
+            cells["says what nobody knows"] = made_up(rows, responses, ("unknown",))[0]
     print(f"n = {len(runs)} seeds, {runs[0]['prompts']}, {runs[0]['samples']} samples a prompt\n")
     found = merged([run["table"] for run in runs])
     for row in found.values():
