@@ -47,12 +47,12 @@ fable() {
     evaluate --models "$models"
 }
 
-# Learning rates are the paper's, times how much higher GPT-3's own rate was at 125M than at the
-# paper's size: 3 for the policy (1.3B), 5 for reward model and value network (6B). The policy's
-# rate in PPO is our choice from the range that the paper swept, 2.6e-6 to 2.6e-5.
+# The paper's learning rates, times how much higher GPT-3's own was at 125M than at the paper's size: 3
+# for policies (1.3B), 5 for scalar models (6B). PPO's policy: our choice of those swept, 2.6e-6 to 2.6e-5.
 gpt2() {
-    prepare ${FEEDBACK:-oasst} "${data[@]}"
-    if [[ ${FEEDBACK:-oasst} != mine* ]]; then prepare webtext "${data[@]}"; fi
+    eval "feedback=(${FEEDBACK:-oasst})" # words; a name with a blank is in quotes
+    prepare "${feedback[@]}" "${data[@]}"
+    if [ "${feedback[0]}" != mine ]; then prepare webtext "${data[@]}"; fi
     python3 "$root/data/gpt2.py" load "${MODEL:-gpt2}" --out "$out" --data "$out/data"
     run+=(--max_new_tokens "${MAX_NEW_TOKENS:-256}" --microbatch_size "${MICROBATCH:-8}")
     fraction=0.1 ptx_coef=0.5

@@ -223,4 +223,5 @@ def main(argv: list[str] | None = None) -> None:
     rlhf.run_stage(gpt2, cfg)
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a name that it cannot show is no reason to stop
     main()

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import sys
 from collections import Counter
 from hashlib import sha256
@@ -17,7 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import fable  # noqa: E402
 from data.files import EOT, ROLES, UserError, check, encode, get_tokenizer  # noqa: E402
-from data.files import parse, read_bytes, read_text, replacing, unique, write_jsonl  # noqa: E402
+from data.files import parse, printable, read_bytes, read_text, replacing  # noqa: E402
+from data.files import unique, write_jsonl  # noqa: E402
 
 CARRIED = ("labeler", "task", "source", "round", "wants")
 ASKED = ("prompt", "instruction")
@@ -36,7 +38,8 @@ ONE_LINE = r"(?<!\s)\s+"
 NEW_LINE = r"(?<!\s)[^\S\n]*\n\s*"
 BLANK_LINE = r"(?<!\s)[^\S\n]*\n[^\S\n]*\n\s*"
 GAPS = (BLANK_LINE, NEW_LINE, ONE_LINE, BLANK_LINE)
-TURN_INSIDE = re.compile(rf"(^|{BLANK_LINE})(Human|Assistant):|\sAssistant:$")
+TURN_INSIDE = re.compile(rf"(^|{BLANK_LINE})(Human|Assistant|System):|\sAssistant:$"
+                         r"|^\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
 EMPTY = (None, "", [], {})
 HELD_OUT = re.compile("(?<![a-z])(valid|validation|val|test|eval|dev)(?![a-z])")
 NO_DATA = re.compile(r"(^|[/\\])(\.|(README|LICENSE)(\.\w+)?$)")  # hidden folders, too
@@ -107,8 +110,8 @@ def known(row: dict, names: tuple, args, seen: Counter, where: str = "") -> dict
         elif name not in names and value not in EMPTY:
             unknown[name] = value
     for name, value in unknown.items():
-        names = ascii(",".join(unknown))[1:-1]
-        todo = f"rename it as in data/README.md, or leave it out: --ignore {names:.150}"
+        names = shlex.quote(printable(",".join(unknown)))
+        todo = f"rename it as in data/README.md, or leave it out: --ignore {names:.180}"
         raise ValueError(f"{where}unknown field {name!a:.60}, which holds {value!a:.60}; {todo}")
     return kept
 
@@ -134,7 +137,7 @@ def read_turns(field: str, value, speaker: str, args, seen: Counter) -> list[str
         messages = enumerate(value)
         pairs = [read_message(f"{field}[{i}]", message, args, seen) for i, message in messages]
     else:
-        raise ValueError(f"{field} should be a text or a list of messages, not {value!a:.60}")
+        raise ValueError(f"{field} should be messages in a list, or a text, not {value!a:.60}")
     turns = []
     for speaker, text in pairs:
         if TURN_INSIDE.search(text):
@@ -277,7 +280,7 @@ def sources(args) -> list[Path]:
     for path in files:
         if path.resolve().parent == args.data.resolve():
             raise UserError(f"{path} is in the folder to fill: move it, or pass another --data")
-    return list(dict.fromkeys(files))
+    return list({path.resolve(): path for path in files}.values())
 
 def fetch(address: str, path: Path, start: str | None = None) -> Path:
     """Download a file once. $HF_ENDPOINT names a mirror of the Hugging Face hub."""
@@ -297,10 +300,10 @@ def rows_of(path: Path):
     """Yield ("file, line N", the row in JSON) for each row of a file."""
     content = read_bytes(path)
     name = path.name.lower()
-    todo = '{} is {}; this makes JSON Lines of it: python -c "{}" > rows.jsonl'
+    todo = "{} is {}; this makes JSON Lines of it: python -c {} > rows.jsonl"
     for what, (ending, first_bytes, code) in OTHERS.items():
         if name.endswith(ending) or content.startswith(first_bytes):
-            raise UserError(todo.format(path, what, code.format(str(path))))
+            raise UserError(todo.format(path, what, shlex.quote(code.format(str(path)))))
     if b"\0" in content[:1000]:
         raise UserError(f"{path} is not a text: save it as JSON Lines in UTF-8")
     text = read_text(path)
@@ -323,7 +326,8 @@ def rows_of(path: Path):
         for field, value in whole.items():
             if isinstance(value, list) and whole.keys().isdisjoint(FIELDS):
                 code = ROWS.format(f"json.load(open({str(path)!r}))[{field!r}]")
-                raise UserError(todo.format(path, f"one object around {field!a}", code))
+                what = f"one object around {', '.join(whole)}"
+                raise UserError(todo.format(path, what, shlex.quote(code)))
         whole = [whole]
     if isinstance(whole, list):
         rows = map(json.dumps, whole)
@@ -335,7 +339,8 @@ def rows_of(path: Path):
 def read(args, notes: Counter) -> tuple[dict, set]:
     """The canonical rows by kind, and how those begin that come from the files held out."""
     files = sources(args)
-    held = [path for path in files if HELD_OUT.search(path.name.lower())]
+    held = [path for path in files if HELD_OUT.search(path.name.lower())
+            or HELD_OUT.fullmatch(path.parent.name.lower())]
     if held == files:  # something has to be trained on
         held = []
     found = {"pretrain": [], "sft": [], "comparisons": [], "prompts": []}
@@ -369,16 +374,23 @@ def read(args, notes: Counter) -> tuple[dict, set]:
 
 # ---- From rows to files ----------------------------------------------------------------
 def complete(found: dict, notes: Counter) -> None:
-    """Drop what teaches nothing; the best of a ranking is the demonstration, if none is."""
+    """Drop what teaches nothing; unbeaten answers are demonstrations where there are none."""
     rankings = [row for row in found["comparisons"] if len(set(row["ranks"])) > 1]
     notes["rankings left out: all answers are tied"] = len(found["comparisons"]) - len(rankings)
     found["comparisons"] = rankings
     prompts = {row["prompt"] for row in found["sft"]}
+    beaten = set()
+    for row in rankings:
+        for text, rank in zip(row["completions"], row["ranks"]):
+            if rank > min(row["ranks"]):
+                beaten.add((row["prompt"], text))
     for ranking in rankings:
         row = dict(ranking)
-        ranks = row.pop("ranks")
-        for text, rank in zip(row.pop("completions"), ranks):
-            if rank == min(ranks) and text and row["prompt"] not in prompts:
+        row.pop("ranks")
+        for text in row.pop("completions"):
+            answer = (row["prompt"], text)
+            if text and answer not in beaten and row["prompt"] not in prompts:
+                beaten.add(answer)  # once is enough
                 found["sft"].append({**row, "completion": text})
                 notes["demonstrations that are the best of a ranking"] += 1
     distinct = {str(row): row for row in found["prompts"]}
@@ -416,11 +428,13 @@ def hold_out(found: dict, held: set, args, notes: Counter) -> dict:
     return files
 
 def write_files(files: dict, folder: Path) -> None:
-    for path in sorted(folder.glob("*.jsonl")):
+    for path in sorted(folder.glob("*.*")):
+        if path.suffix not in (".jsonl", ".txt", ".tiktoken"):
+            continue
         if path.name not in files:
             print(f"{path} is not of these rows, and stays as it was")
-        elif b'"time": "' in read_bytes(path):
-            raise UserError(f"{path} has answers that people or models added: move it first")
+        elif path.suffix == ".jsonl" and b'"time": "' in read_bytes(path):
+            raise UserError(f"{path} has answers that people gave: move it first")
     for name, rows in files.items():
         if isinstance(rows, str):
             with replacing(folder / name) as file:
@@ -491,14 +505,19 @@ def main(words: list[str] | None = None) -> None:
         write_files(files, args.data)
         files.pop("tokenizer.tiktoken", None)
         print_table(files, get_tokenizer(args.data))
-    except (UserError, OSError) as error:
-        sys.exit(f"prepare.py: {error}")
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        sys.exit(f"prepare.py: {str(error) or 'stopped'}")
     if args.name != "fable" and "comparisons.jsonl" in files:
-        feedback = " ".join(words or sys.argv[1:]).replace(f" --data {args.data}", "")
-        feedback = feedback.replace(f" --seed {args.seed}", "")  # train.sh passes both
-        out = str(args.data).removesuffix("/data")
+        words = [*(words or sys.argv[1:])]
+        words.remove(args.name)
+        for flag in {"--data", "--seed"}.intersection(words):  # train.sh passes them on
+            place = words.index(flag)
+            del words[place : place + 2]
+        feedback = shlex.quote(shlex.join([args.name, *words]))
+        out = shlex.quote(str(args.data).removesuffix("/data"))
         print("\nAll stages on these rows, from GPT-2's weights, on a GPU with 24 GB:")
-        print(f'    FEEDBACK="{feedback}" OUT="{out}" SEED={args.seed} ./train.sh gpt2')
+        print(f"    FEEDBACK={feedback} OUT={out} SEED={args.seed} ./train.sh gpt2")
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a name that it cannot show is no reason to stop
     main()

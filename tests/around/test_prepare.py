@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -148,7 +149,7 @@ REFUSED = [(row, named) for named, rows in {
     r"messages\[1\]: unknown field 'tool_calls'": [
         {"messages": [user(WHY), bot("", tool_calls=[{"f": 1}])]}],
     "'Prompt', which .*: --ignore Prompt,id": [{"Prompt": WHY, "id": 1, "completion": FILM}],
-    "'n{59}, .*: --ignore n{150} ": [{**DEMO, "n" * 999: 1}],
+    "'n{59}, .*: --ignore n{180} ": [{**DEMO, "n" * 999: 1}],
     "not hold": [{**DEMO, "wants": float("nan")}, {"prompt": "\ud800"}],
     "text": [{"text": "Once.", **Q}, {"text": "Once.", "source": "web"}, {"text": ["Once."]},
              {"text": " \n"}, {"text": EOT}],
@@ -181,7 +182,11 @@ REFUSED = [(row, named) for named, rows in {
     "completion": [{**Q, "completion": [user(WHY)]}, {"completion": f"{MELT} Human: I am you."},
                    {**Q, "completion": f"{FILM}\n\nHuman: And?"}],
     "messages": [{"messages": [user(f"{WHY}\n\nAssistant: x"), bot(FILM)]}, {"messages": WHY},
-                 {"messages": [user(f"Human: {WHY}\n\nAssistant:"), bot(FILM)]}],
+                 {"messages": [user(f"Human: {WHY}\n\nAssistant:"), bot(FILM)]},
+                 {"messages": [user(f"{WHY}\n\nSystem: x"), bot(FILM)]}],
+    # messages that have become a text, as in a CSV file
+    "no turn inside": [{**Q, "completion": str([bot(FILM)])}, {"prompt": str(LONGER[:1])},
+                       {**Q, "chosen": json.dumps([bot("a")]), "rejected": "b"}],
     "label": [*({**DEMO, "label": odd} for odd in (2, 0.5, "maybe", "", [1], "none")),
               {**Q, "label": 1}, {**Q, "chosen": "a", "rejected": "b", "label": 1}],
     "completions": [{**AB, "chosen": "a", "rejected": "b"}, *({**Q, "completions": odd} for odd in (
@@ -226,7 +231,7 @@ def test_files_of_rows_that_are_read(name, content, data, tmp_path):
     (tmp_path / name).write_bytes(content.encode())
     (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
     for path in (tmp_path / name, tmp_path / f"{name}.gz"):
-        run("mine", path, path, data=data)  # named twice, it is read once
+        run("mine", path, data / ".." / path.name, data=data)  # named twice, it is read once
         assert len(both(data, "sft")) == len(both(data, "prompts")) == 30
 
 @pytest.mark.parametrize("name, content, named", [
@@ -235,14 +240,15 @@ def test_files_of_rows_that_are_read(name, content, data, tmp_path):
     ("t.json", json.dumps({"version": 1, "data": ROWS}, indent=1).encode(), "data"),
     ("t.jsonl", json.dumps({"train": ROWS}).encode(), "train")])
 def test_other_formats_are_named_with_what_converts_them(name, content, named, data, tmp_path):
-    path = tmp_path / name
+    path = tmp_path / f"anna's {name}"
     path.write_bytes(content)
     sentence = refusal("mine", path, data=data)
     assert named in sentence and str(path) in sentence and "JSON Lines" in sentence
-    code = re.search('python -c "(.*)"', sentence)
+    code = re.search("python -c (.*) > rows", sentence)
     assert bool(code) == bool(named)
     if named not in ("", "parquet"):
-        made = subprocess.run([sys.executable, "-c", code[1]], capture_output=True, check=True)
+        words = [sys.executable, "-c", *shlex.split(code[1])]
+        made = subprocess.run(words, capture_output=True, check=True)
         assert prepare.mine(json.loads(made.stdout.splitlines()[0]), NOTHING, Counter())
 
 @pytest.mark.parametrize("name, content, named", [
@@ -303,6 +309,11 @@ def test_files_are_held_out_by_name(data, tmp_path, capsys):
     assert len(read_jsonl(data / "sft_valid.jsonl")) == 15 + 5
     out = capsys.readouterr().out
     assert "my-test.jsonl (held out): 15 rows" in out and "README_contest.jsonl: 1 rows" in out
+    (folder / "test").mkdir()
+    (folder / "my-test.jsonl").rename(folder / "test/my.jsonl")
+    run("mine", folder, data=data)
+    assert "my.jsonl (held out): 15 rows" in capsys.readouterr().out
+    (folder / "test/my.jsonl").rename(folder / "my-test.jsonl")
     run("mine", folder / "my-test.jsonl", data=data)  # alone, it is trained on
     assert len(both(data, "sft")) == 15 and len(read_jsonl(data / "sft.jsonl")) > 10
 
@@ -346,24 +357,29 @@ def test_pairs_alone_are_enough_for_all_stages(data, tmp_path, capsys):
     rows = [{"prompt": f"Q{i}", "completions": ["a", "b", "c"], "ranks": [1, 0, 0]}
             for i in range(30)]
     rows += [{"prompt": "blank", "completions": ["", "e"]}, {"prompt": "Q1", "completion": "d"}]
-    path = write(tmp_path / "pairs.jsonl", rows)
-    run("mine", path, "--seed", 3, "--valid", "0.1", data=data)
-    assert len(both(data, "comparisons")) == 31 and len(both(data, "sft")) == 29 * 2 + 1
+    for better, worse in ("bx", "xy", "by"):  # c and b are unbeaten still; a second b is none more
+        rows.append({"prompt": "Q2", "chosen": better, "rejected": worse})
+    path = write(tmp_path / "my pairs.jsonl", rows)
+    run("--valid", "0.1", "mine", path, "--seed", 3, data=data)
+    assert len(both(data, "comparisons")) == 34 and len(both(data, "sft")) == 29 * 2 + 1
     assert {row["completion"] for row in both(data, "sft")} == {" b", " c", " d"}
     assert read_comparisons(data / "comparisons_valid.jsonl", get_tokenizer(data), 200)
     assert (data / "rm_prompts.jsonl").read_bytes() == (data / "prompts.jsonl").read_bytes()
     out = capsys.readouterr().out
     assert re.search(r"\d\d rankings of 3 answers, \d\d with ties", out)
-    command = f'FEEDBACK="mine {path} --valid 0.1" OUT="{data.parent}" SEED=3 ./train.sh gpt2'
-    assert command in out
+    feedback = shlex.quote(f"mine --valid 0.1 '{path}'")
+    assert f"FEEDBACK={feedback} OUT={data.parent} SEED=3 ./train.sh gpt2" in out
 
 def test_nothing_that_people_have_added_is_overwritten(data, tmp_path, capsys):
     """Its own rows prepare.py may write again; of files that it leaves alone it says so."""
     path = write(tmp_path / "rows.jsonl", ROWS)
     write(data / "comparisons.jsonl", [{"prompt": "of another data set"}])
+    (data / "pretrain.txt").write_text("Another text.")
     for _ in range(2):
         run("mine", path, data=data)
-        assert capsys.readouterr().out.count("comparisons.jsonl is not of these rows") == 1
+        out = capsys.readouterr().out
+        for name in ("comparisons.jsonl", "pretrain.txt", "tokenizer.tiktoken"):
+            assert out.count(f"{name} is not of these rows, and stays as it was") == 1
     before = (data / "sft_valid.jsonl").read_text()
     (data / "sft_valid.jsonl").write_text(before + '{"prompt": "a", "time": "2026-01-01"}\n')
     assert "sft_valid.jsonl has answers" in refusal("mine", path, data=data)

@@ -89,11 +89,12 @@ def commands_of_train_sh(folder: Path, *words: str, **environment: str) -> list[
     (["fable"], {}, 10), ([], {"SMOKE": "1", "OUT": "out dir"}, 10), ([], {"ROUNDS": "3"}, 16),
     ([], {"RESUME": "1", "SEED": "2"}, 10), (["gpt2"], {"OUT": "out dir"}, 8),
     (["gpt2"], {"MODEL": "gpt2-xl", "FEEDBACK": "hh", "SMOKE": "1"}, 8),
-    (["gpt2"], {"FEEDBACK": "mine pairs.jsonl"}, 7)])
+    (["gpt2"], {"FEEDBACK": "mine 'my pairs.jsonl'"}, 7)])
 def test_train_sh_runs_commands_that_exist(tmp_path, understand, words, environment, count):
     """Through a link, from a folder with blanks, into a folder with blanks."""
     found = commands_of_train_sh(tmp_path, *words, **environment)
     assert len(found) == count
+    assert "FEEDBACK" not in environment or found[0][2] in ("my pairs.jsonl", "--data")
     names = []  # two runs of one name would be one run for --resume
     for command in found:
         understand(command)
