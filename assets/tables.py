@@ -77,7 +77,7 @@ def preferred(run: dict, rows: list[dict], data: Path) -> dict[str, dict[str, fl
     new = new_to_all(rows, data)
     grades = {}
     for labeler, (model, responses) in product(fable.LABELERS, run["responses"].items()):
-        both = zip(repeated(rows, responses), responses)
+        both = zip(repeated(rows, responses), responses, strict=True)
         own = [fable.grade(labeler, row, text) for row, text in both]
         grades[labeler, model] = np.reshape(own, (-1, len(rows)))  # (samples, prompts)
     found = {}
@@ -110,7 +110,7 @@ def made_up(rows: list[dict], responses: list[str], tasks: tuple) -> tuple[float
     statements = 0
     falsehoods = 0
     count = 0
-    for row, response in zip(repeated(rows, responses), responses):
+    for row, response in zip(repeated(rows, responses), responses, strict=True):
         if row["task"] in tasks:
             said = fable.parse(response)
             false = fable.falsehoods(row["wants"], said) > 0
