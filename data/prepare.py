@@ -326,7 +326,7 @@ def rows_of(path: Path):
         for field, value in whole.items():
             if isinstance(value, list) and whole.keys().isdisjoint(FIELDS):
                 code = ROWS.format(f"json.load(open({str(path)!r}))[{field!r}]")
-                what = f"one object around {', '.join(whole)}"
+                what = f"one object around {', '.join(whole):.100}"
                 raise UserError(todo.format(path, what, shlex.quote(code)))
         whole = [whole]
     if isinstance(whole, list):
@@ -510,7 +510,7 @@ def main(words: list[str] | None = None) -> None:
     if args.name != "fable" and "comparisons.jsonl" in files:
         words = [*(words or sys.argv[1:])]
         words.remove(args.name)
-        for flag in {"--data", "--seed"}.intersection(words):  # train.sh passes them on
+        for flag in {"--data", "--seed"}.intersection(words):  # train.sh has OUT and SEED
             place = words.index(flag)
             del words[place : place + 2]
         feedback = shlex.quote(shlex.join([args.name, *words]))
