@@ -88,7 +88,7 @@ def write_data(folder: Path) -> None:
     for name, count in (("pretrain", 30), ("pretrain_valid", 5)):
         (folder / f"{name}.txt").write_text(EOT.join(word(2, 30) for _ in range(count)))
     for name, count in (("sft", 10), ("sft_valid", 4), ("fewshot", 2), ("probes", 3)):
-        rows = [{"prompt": word(1, 8), "completion": word(0, 6)} for _ in range(count)]
+        rows = [{"prompt": word(1, 8), "completion": word(0, 6), "wants": 1} for _ in range(count)]
         write_jsonl(folder / f"{name}.jsonl", rows)
     for name, count in (("prompts", 9), ("prompts_valid", 6)):
         rows = [{"prompt": word(1, 8), "wants": i % 5} for i in range(count)]
