@@ -20,7 +20,7 @@ after reading tokens[:, :t+1], and its action is tokens[:, t+1].
     rewards            .    .   -b k -b k -b k + score       b = kl_coef, k = log pi - log ref
 
 A value therefore belongs to the state before the action. The mask is made from lengths, never from
-token ids, and serves SFT and PPO alike. "OpenAI, 2019" is Ziegler et al. (1909.08593), their code.
+token ids, for SFT and PPO alike. "OpenAI, 2019" is the code of Ziegler et al. (1909.08593).
 """
 
 import argparse
@@ -246,7 +246,7 @@ def totals(passes: list[dict]) -> dict[str, float]:
     return sums
 
 def lm_pass(policy: GPT, examples: list[Example], cfg: "Settings", coef: float = 0.0) -> float:
-    """Eq. (1) over the examples, in nats per token; accumulates the gradient of coef * loss."""
+    """Eq. (1) over the examples, nats per token; accumulates the gradient of coef * loss."""
     count = sum(len(example.ids) - example.prompt_len for example in examples)
     losses = []
     for indices in microbatches(range(len(examples)), examples, cfg):
@@ -287,7 +287,7 @@ def adam(model) -> torch.optim.Adam:
     return torch.optim.Adam(model.parameters(), betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 def schedule(step: int, total: int, warmup: float = 0.0) -> float:
-    """The factor on the peak learning rate: cosine to a tenth (C.1, C.2), capped by our warmup."""
+    """The factor on the peak rate: cosine to a tenth (C.1, C.2), capped by our warmup."""
     cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * step / total))
     return min(cosine, (step + 1) / max(1, warmup * total))
 
@@ -392,7 +392,7 @@ class PPO(Training):
     value_learning_rate: NotNegative = 5e-4  # of the value network, warmed up alike (paper: 9e-6)
     kl_coef: NotNegative = 0.16  # beta (paper: 0.02)
     ptx_coef: NotNegative = 0.5  # gamma; 0 is plain PPO (paper: 27.8, of unknown scale)
-    ptx_ratio: Annotated[float, 1e-6, 1e9] = 1.0  # rows of pretraining text per episode (paper: 8)
+    ptx_ratio: Annotated[float, 1e-6, 1e9] = 1.0  # rows of text per episode (paper: 8)
     window: Annotated[int, 2, 2**62] = 256  # longest such row, in tokens (paper: not stated)
     gamma: Fraction = 1.0  # discount (paper: none)
     lam: Fraction = 0.95  # lambda of GAE (paper: not stated; its predecessors: 0.95)
@@ -435,7 +435,7 @@ CHOICES["dtype"] = ("auto", "float32", "bfloat16")
 # ---- Pretraining, and step 1: supervised fine-tuning -----------------------------------
 
 def pretrain(cfg: Pretrain) -> None:
-    """Train a GPT from random weights on raw text; later stages only steer what it learns here."""
+    """Train a GPT on raw text, from random weights; later stages steer what it learns here."""
     tokenizer = get_tokenizer(cfg.data)
     documents = read_documents(Path(cfg.data) / "pretrain.txt", tokenizer)
     vocabulary = fingerprint(tokenizer)
@@ -696,7 +696,7 @@ def ppo(cfg: PPO) -> None:
         advantages, returns = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)
         advantages = whiten(advantages, mask)
 
-        # 4. Update both networks, eq. (5) and (6), one step per minibatch; first in the order of 2.
+        # 4. Update both networks, eq. (5) and (6), a step per minibatch; first in the order of 2.
         for _ in range(cfg.epochs - 1):
             minibatches += chunks(rng.permutation(len(batch)).tolist(), cfg.minibatch_size)
         warmup = min(1.0, 0.1 + 0.09 * iteration)  # a tenth to 1 (C.4: of the policy)
@@ -1052,7 +1052,7 @@ def load(cfg: Settings, name: str, kind: type = GPT, dropout: float = 0.0) -> GP
     return model.float().to(cfg.device).eval()
 
 def longest_prompt(models: list, cfg: Settings) -> int:
-    """The longest prompt, in tokens, that leaves every model (None is skipped) room to respond."""
+    """The longest prompt, in tokens, that leaves every model (not None) room to respond."""
     context = min(model.config.block_size for model in models if model)
     if cfg.max_new_tokens >= context:
         raise UserError(f"--max_new_tokens should be below {context}, to leave room for a prompt")
@@ -1184,7 +1184,7 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
     for field in fields(settings):
         text = f"{comments.get(field.name, '')} [{field.default}]".replace("%", "%%")
         options = {"default": field.default, "help": text}
-        kind = (get_args(field.type) or [field.type])[0]  # int of Annotated[int, 1, 9], int | None
+        kind = (get_args(field.type) or [field.type])[0]  # Annotated[int, 1, 9] -> int
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif kind in (int, float):
@@ -1220,7 +1220,7 @@ def run_stage(stage, cfg: Settings) -> None:
         if cfg.device == "cuda":  # cuDNN's attention plans anew, for 0.1 s, at each new shape
             torch.backends.cuda.enable_cudnn_sdp(False)
         mixed = cfg.dtype == "bfloat16"
-        # cache_enabled=False: a recorded step cannot use cached bfloat16 copies of the weights
+        # no cache_enabled: a recorded step cannot use cached bfloat16 weights
         with joined(cfg.device, shared), torch.autocast(cfg.device, torch.bfloat16, mixed, False):
             stage(cfg)
     except UserError as error:
