@@ -16,7 +16,7 @@ RANK = int(os.environ.get("RANK", 0))  # set by torchrun
 
 @contextmanager
 def joined(device: str, shared: bool):
-    """Inside, this process is one of torchrun's, if work is shared; each has a GPU if there are."""
+    """Inside, if work is shared, this process is one of torchrun's, with a GPU if there are any."""
     if "RANK" not in os.environ or not shared:
         yield
         return

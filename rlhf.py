@@ -270,7 +270,7 @@ def sample_responses(policy, prompts, eos, cfg: "Settings", temperature=1.0) -> 
     """A response to each prompt: its ids, and their log-probabilities when sampled."""
     def work(own_prompts: list) -> list[tuple]:
         results = []
-        for part in chunks(own_prompts, 8 * cfg.microbatch_size):  # no gradients: more fit
+        for part in chunks(own_prompts, 8 * cfg.microbatch_size):  # no gradients: more rows fit
             results += respond(policy, part, cfg.max_new_tokens, eos, temperature)
         return results
     return spread(work, prompts)
@@ -326,7 +326,9 @@ def random_documents(documents: list, count: int, longest: int, rng) -> list[Exa
 NotNegative = Annotated[float, 0, 1e9]
 Fraction = Annotated[float, 0, 1]
 BelowOne = Annotated[float, 0, 0.99]
+Positive = Annotated[float, 1e-6, 1e9]
 Count = Annotated[int, 1, 2**62]
+Window = Annotated[int, 2, 2**62]  # one token is given, the next predicted
 
 @dataclass
 class Settings:
@@ -364,7 +366,7 @@ class SFT(Training):
     learning_rate: NotNegative = 5e-4  # peak, cosine to 10 % (paper: 9.65e-6; 175B: 5.03e-6)
     dropout: BelowOne = 0.2  # on the residual branches (paper: 0.2)
     pretrain_fraction: BelowOne = 0.0  # share of rows that are raw text (paper, for PPO: 0.1)
-    window: Annotated[int, 2, 2**62] = 256  # longest such row, in tokens (paper: not stated)
+    window: Window = 256  # longest such row, in tokens (paper: not stated)
     reward_model: str = ""  # keep the epoch whose samples it prefers; else the last
 
 @dataclass
@@ -392,8 +394,8 @@ class PPO(Training):
     value_learning_rate: NotNegative = 5e-4  # of the value network, warmed up alike (paper: 9e-6)
     kl_coef: NotNegative = 0.16  # beta (paper: 0.02)
     ptx_coef: NotNegative = 0.5  # gamma; 0 is plain PPO (paper: 27.8, of unknown scale)
-    ptx_ratio: Annotated[float, 1e-6, 1e9] = 1.0  # rows of text per episode (paper: 8)
-    window: Annotated[int, 2, 2**62] = 256  # longest such row, in tokens (paper: not stated)
+    ptx_ratio: Positive = 1.0  # rows of pretraining text per episode (paper: 8)
+    window: Window = 256  # longest such row, in tokens (paper: not stated)
     gamma: Fraction = 1.0  # discount (paper: none)
     lam: Fraction = 0.95  # lambda of GAE (paper: not stated; its predecessors: 0.95)
     cliprange: NotNegative = 0.2  # of the ratio (paper: 0.2)
@@ -884,7 +886,8 @@ def evaluate(cfg: Evaluate) -> None:
     """Compare models on held-out prompts: a table, printed and as Markdown and JSON.
 
     A base model may go on to speak for the human. Gold and reward model judge its own turn
-    alone; length, KL and EOS are of all that it wrote.
+    alone; length, KL and EOS are of all that it wrote. The KL is that of the policy itself, so it
+    is left out where the temperature is not 1.
     """
     tokenizer = get_tokenizer(cfg.data)
     eos = tokenizer.eot_token
@@ -940,7 +943,7 @@ def evaluate(cfg: Evaluate) -> None:
                 examples.append(Example(ids[-reward_model.config.block_size :], 0))
             row["RM score"] = score(reward_model, examples, cfg).mean().item()
         row["length"] = np.mean([len(response) for response in responses])
-        if ref and cfg.temperature == 1:  # mean of log pi(y|x) - log ref(y|x), in nats
+        if ref and cfg.temperature == 1:  # mean of log pi(y|x) - log ref(y|x), nats
             own_loss = lm_pass(policy, behind(shown, responses), cfg)
             ref_loss = lm_pass(ref, behind(prompts, responses), cfg)
             row["KL"] = (ref_loss - own_loss) * row["length"]
@@ -1184,7 +1187,7 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
     for field in fields(settings):
         text = f"{comments.get(field.name, '')} [{field.default}]".replace("%", "%%")
         options = {"default": field.default, "help": text}
-        kind = (get_args(field.type) or [field.type])[0]  # Annotated[int, 1, 9] -> int
+        kind = (get_args(field.type) or [field.type])[0]  # int of Annotated[int, 1, 9]
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif kind in (int, float):
@@ -1220,7 +1223,7 @@ def run_stage(stage, cfg: Settings) -> None:
         if cfg.device == "cuda":  # cuDNN's attention plans anew, for 0.1 s, at each new shape
             torch.backends.cuda.enable_cudnn_sdp(False)
         mixed = cfg.dtype == "bfloat16"
-        # no cache_enabled: a recorded step cannot use cached bfloat16 weights
+        # cache_enabled=False: a recorded step cannot use cached bfloat16 weights
         with joined(cfg.device, shared), torch.autocast(cfg.device, torch.bfloat16, mixed, False):
             stage(cfg)
     except UserError as error:

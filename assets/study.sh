@@ -17,21 +17,18 @@ mkdir -p "$few" && cp "$out"/data/*.* "$few"
 head -n 384 "$out/data/comparisons.jsonl" > "$few/comparisons.jsonl"
 train rm --name rm_384 --init sft0 --data "$few"
 if [ -n "${ABLATIONS:-}" ]; then
-    varied=
     for kl in 0 0.04 0.64; do # Figure 34 of the paper: no KL coefficient cures the tax
         train ppo --name "kl_$kl" --kl_coef $kl --ptx_coef 0
         train ppo --name "ptx_kl_$kl" --kl_coef $kl
-        varied+=kl_$kl,ptx_kl_$kl,
     done
     for ptx in 0.1 2; do # Figure 33: the ptx coefficient does
         train ppo --name "ptx_$ptx" --ptx_coef $ptx
-        varied+=ptx_$ptx,
     done
     for beta in 0.3 3; do
         train dpo --name "dpo_$beta" --beta $beta
-        varied+=dpo_$beta,
     done
-    evaluate --name ablations --models "${varied%,}" --samples 4
+    evaluate --name ablations --samples 4 \
+        --models kl_0,ptx_kl_0,kl_0.04,ptx_kl_0.04,kl_0.64,ptx_kl_0.64,ptx_0.1,ptx_2,dpo_0.3,dpo_3
 fi
 evaluate --name temperature_1.0 --samples 4 \
     --models gpt,gpt+fewshot,sft,ppo_init,dpo,ppo,ppo_ptx_raw,ppo_ptx

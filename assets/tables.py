@@ -12,7 +12,7 @@ scripted labelers' noise is known, so the probability that one prefers an answer
 import argparse
 import json
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import combinations, product
 from math import comb
 from pathlib import Path
@@ -77,8 +77,8 @@ def preferred(run: dict, rows: list[dict], data: Path) -> dict[str, dict[str, fl
     new = new_to_all(rows, data)
     grades = {}
     for labeler, (model, responses) in product(fable.LABELERS, run["responses"].items()):
-        both = zip(repeated(rows, responses), responses, strict=True)
-        own = [fable.grade(labeler, row, text) for row, text in both]
+        given = zip(repeated(rows, responses), responses, strict=True)
+        own = [fable.grade(labeler, row, text) for row, text in given]
         grades[labeler, model] = np.reshape(own, (-1, len(rows)))  # (samples, prompts)
     found = {}
     for model in others:
@@ -89,8 +89,8 @@ def preferred(run: dict, rows: list[dict], data: Path) -> dict[str, dict[str, fl
         shares = {}
         for labeler in fable.LABELERS:
             chances = []
-            for both in product(grades[labeler, last], grades[labeler, model]):
-                chances += [preference(labeler, a, b) for a, b in zip(*both)]
+            for ours, theirs in product(grades[labeler, last], grades[labeler, model]):
+                chances += [preference(labeler, a, b) for a, b in zip(ours, theirs)]
             shares[labeler] = np.mean(chances)
         for name, labelers in LABELERS.items():
             cells[f"by {name}"] = np.mean([shares[labeler] for labeler in labelers])
@@ -102,22 +102,20 @@ def repeated(rows: list[dict], responses: list[str]) -> list[dict]:
     """The row of each response, where there are several samples."""
     return rows * (len(responses) // len(rows))
 
-def made_up(rows: list[dict], responses: list[str], tasks: tuple) -> tuple[float, float]:
-    """The shares of responses that make a statement, and of these with a falsehood.
+def count_claims(rows: list[dict], responses: list[str], tasks: tuple) -> Counter:
+    """How many responses to these tasks there are, make a claim, and make a false one.
 
-    A falsehood goes against the text given, or says what nobody can know.
+    A false claim goes against the text in the prompt, or says what nobody can know.
     """
-    statements = 0
-    falsehoods = 0
-    count = 0
+    counts = Counter()
     for row, response in zip(repeated(rows, responses), responses, strict=True):
         if row["task"] in tasks:
             said = fable.parse(response)
-            false = fable.falsehoods(row["wants"], said) > 0
-            statements += false or any(one.kind in fable.REPORTS for one in said)
-            falsehoods += false
-            count += 1
-    return statements / count, falsehoods / max(1, statements)
+            is_false = fable.falsehoods(row["wants"], said) > 0
+            counts["responses"] += 1
+            counts["false"] += is_false
+            counts["claims"] += is_false or any(one.kind in fable.REPORTS for one in said)
+    return counts
 
 def print_models(outs: list[Path], runs: list[dict]) -> None:
     choices = []
@@ -128,10 +126,11 @@ def print_models(outs: list[Path], runs: list[dict]) -> None:
         inventions.append({})
         for model, responses in run["responses"].items():
             cells = inventions[-1][model] = {}
-            spoken, false = made_up(rows, responses, WITH_TEXT)
-            cells["says something of the text given"] = spoken
-            cells["of that, made up"] = false
-            cells["says what nobody knows"] = made_up(rows, responses, ("unknown",))[0]
+            text = count_claims(rows, responses, WITH_TEXT)
+            unknown = count_claims(rows, responses, ("unknown",))
+            cells["says something of the text given"] = text["claims"] / text["responses"]
+            cells["of that, made up"] = text["false"] / max(1, text["claims"])
+            cells["says what nobody knows"] = unknown["false"] / unknown["responses"]
     print(f"n = {len(runs)} seeds, {runs[0]['prompts']}, {runs[0]['samples']} samples a prompt\n")
     found = merged([run["table"] for run in runs])
     for row in found.values():

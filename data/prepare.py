@@ -38,8 +38,8 @@ ONE_LINE = r"(?<!\s)\s+"
 NEW_LINE = r"(?<!\s)[^\S\n]*\n\s*"
 BLANK_LINE = r"(?<!\s)[^\S\n]*\n[^\S\n]*\n\s*"
 GAPS = (BLANK_LINE, NEW_LINE, ONE_LINE, BLANK_LINE)
-TURN_INSIDE = re.compile(rf"(^|{BLANK_LINE})(Human|Assistant|System):|\sAssistant:$"
-                         r"|^\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
+TURN_INSIDE = re.compile(rf"(^|{BLANK_LINE})(Human|Assistant|System):|\sAssistant:$")
+MESSAGES = re.compile(r"\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:")  # as a text
 EMPTY = (None, "", [], {})
 HELD_OUT = re.compile("(?<![a-z])(valid|validation|val|test|eval|dev)(?![a-z])")
 NO_DATA = re.compile(r"(^|[/\\])(\.|(README|LICENSE)(\.\w+)?$)")  # hidden folders, too
@@ -140,6 +140,8 @@ def read_turns(field: str, value, speaker: str, args, seen: Counter) -> list[str
         raise ValueError(f"{field} should be messages in a list, or a text, not {value!a:.60}")
     turns = []
     for speaker, text in pairs:
+        if MESSAGES.match(text):
+            raise ValueError(f"{field} should be a list of messages, not their text: {text!a:.60}")
         if TURN_INSIDE.search(text):
             raise ValueError(f"{field} should have no turn inside another: {text!a:.60}")
         if text or speaker != "System":
@@ -505,8 +507,10 @@ def main(words: list[str] | None = None) -> None:
         write_files(files, args.data)
         files.pop("tokenizer.tiktoken", None)
         print_table(files, get_tokenizer(args.data))
-    except (UserError, OSError, KeyboardInterrupt) as error:
-        sys.exit(f"prepare.py: {str(error) or 'stopped'}")
+    except (UserError, OSError) as error:
+        sys.exit(f"prepare.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("prepare.py: stopped")
     if args.name != "fable" and "comparisons.jsonl" in files:
         words = [*(words or sys.argv[1:])]
         words.remove(args.name)

@@ -26,14 +26,20 @@ def test_what_is_made_up():
     rng = Random(2)
     rows = [fable.ask(rng, task) for task in ("closed_qa", "unknown", "closed_qa")]
     said = [fable.demonstrate(row, rng, care=1.0) for row in rows]
-    assert tables.made_up(rows, said * 2, tables.WITH_TEXT) == (1, 0)
-    assert tables.made_up(rows, said, ("unknown",)) == (0, 0)
+    text, unknown = tables.WITH_TEXT, ("unknown",)
+
+    def counts(texts, tasks):
+        found = tables.count_claims(rows, texts, tasks)
+        return found["responses"], found["claims"], found["false"]
+
+    assert counts(said * 2, text) == (4, 4, 0) and counts(said, unknown) == (1, 0, 0)
     kind, words = rows[0]["wants"][0]
     others = [thing for thing in fable.SEEN["thing"] if [thing] != words["thing"]]
     wrong = fable.say(rng, [[kind, words | {"thing": others[:1]}]])
-    assert tables.made_up(rows, [" " + wrong[0], *said[1:]], ("closed_qa",)) == (1, 0.5)
-    assert tables.made_up(rows, [" I do not know.", *said[1:]], ("closed_qa",)) == (0.5, 0)
-    assert tables.made_up(rows, [" The dog is three years old."] * 3, ("unknown",)) == (1, 1)
+    assert counts([" " + wrong[0], *said[1:]], text) == (2, 2, 1)
+    assert counts([" I do not know.", *said[1:]], text) == (2, 1, 0)
+    assert counts([" The dog is three years old."] * 3, unknown) == (1, 1, 1)
+    assert counts([" " + wrong[0]] * 3, unknown) == (1, 1, 0)  # wrong, but not unknowable
 
 def test_intervals_over_seeds_are_those_of_student():
     assert tables.spread([0.5]) == "0.500" and tables.spread([0.4, 0.6]) == "0.500 ± 0.141"

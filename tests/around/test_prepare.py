@@ -185,7 +185,7 @@ REFUSED = [(row, named) for named, rows in {
                  {"messages": [user(f"Human: {WHY}\n\nAssistant:"), bot(FILM)]},
                  {"messages": [user(f"{WHY}\n\nSystem: x"), bot(FILM)]}],
     # messages that have become a text, as in a CSV file
-    "no turn inside": [{**Q, "completion": str([bot(FILM)])}, {"prompt": str(LONGER[:1])},
+    "not their text": [{**Q, "completion": str([bot(FILM)])}, {"prompt": str(LONGER[:1])},
                        {**Q, "chosen": json.dumps([bot("a")]), "rejected": "b"}],
     "label": [*({**DEMO, "label": odd} for odd in (2, 0.5, "maybe", "", [1], "none")),
               {**Q, "label": 1}, {**Q, "chosen": "a", "rejected": "b", "label": 1}],
