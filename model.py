@@ -115,8 +115,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache, layer):
-        attended = self.attn(self.ln_1(x), cache, layer)
-        x = x + self.dropout(attended)
+        x = x + self.dropout(self.attn(self.ln_1(x), cache, layer))
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
 class GPT(nn.Module):

@@ -43,10 +43,10 @@ def gather(x) -> list:
     dist.all_gather_object(everyone, x)
     return everyone
 
-def spread(work, items: list) -> list:
-    """work(items), one result per item, divided among the processes; all get all results."""
-    results = [None] * len(items)
-    parts = gather(work(share(items)))
+def together(own: list) -> list:
+    """The inverse of share: the results of all processes, in the order of the items."""
+    parts = gather(own)
+    results = [None] * sum(len(part) for part in parts)
     for rank, part in enumerate(parts):
         results[rank :: len(parts)] = part
     return results

@@ -50,12 +50,11 @@ from data.files import (
     render, replacing
 )
 from model import GPT, PRESETS, GPTConfig, ScalarModel, pad_right, respond
-from parallel import RANK, all_sum, gather, joined, share, spread, sum_gradients
+from parallel import RANK, all_sum, gather, joined, share, sum_gradients, together
 
 # ---- The equations: tensors and floats in, tensors out ---------------------------------
-# Where the tensors are only a part of an optimizer step, `count` is what the mean over the whole
-# step is divided by, so that the parts add up exactly. Nothing outside the mask matters, not even
-# NaN.
+# Where the tensors are a part of an optimizer step, `count` is what the mean over the whole step is
+# divided by, so that the parts add up. Nothing outside the mask matters, not even NaN.
 
 def masked_mean(x: Tensor, mask: Tensor, count=None) -> Tensor:
     """The mean of x over the columns where mask is 1: (B, T-1), (B, T-1) -> ()."""
@@ -214,14 +213,13 @@ def chunks(items: list, size: int) -> list[list]:
     """Consecutive parts of at most `size` items."""
     return [items[start : start + size] for start in range(0, len(items), size)]
 
-def by_length(indices, examples: list[Example], cfg: "Settings") -> list[list[int]]:
-    """Divide some of the examples into forward passes, by length; returns the indices of each.
+def by_length(indices, examples: list[Example], cfg: "Settings"):
+    """Divide some of the examples into forward passes, by length; yields the indices of each.
 
     On a CPU a pass is halved for as long as that saves 128 tokens of padding.
     """
     lengths = [len(example.ids) for example in examples]
     waiting = chunks(sorted(indices, key=lengths.__getitem__), cfg.microbatch_size)
-    passes = []
     while waiting:
         part = waiting.pop()
         half = len(part) // 2
@@ -229,12 +227,7 @@ def by_length(indices, examples: list[Example], cfg: "Settings") -> list[list[in
         if cfg.device == "cpu" and saved >= 128:
             waiting += [part[:half], part[half:]]
         else:
-            passes.append(part)
-    return passes
-
-def microbatches(indices, examples: list[Example], cfg: "Settings") -> list[list[int]]:
-    """The forward passes of a step. With several processes, those of this one."""
-    return by_length(share(indices), examples, cfg)
+            yield part
 
 def totals(passes: list[dict]) -> dict[str, float]:
     """The sums, key by key, of what the forward passes of all processes found."""
@@ -249,7 +242,7 @@ def lm_pass(policy: GPT, examples: list[Example], cfg: "Settings", coef: float =
     """Eq. (1) over the examples, nats per token; accumulates the gradient of coef * loss."""
     count = sum(len(example.ids) - example.prompt_len for example in examples)
     losses = []
-    for indices in microbatches(range(len(examples)), examples, cfg):
+    for indices in by_length(share(range(len(examples))), examples, cfg):
         tokens, mask, _ = pad_examples([examples[i] for i in indices], cfg.device)
         with torch.set_grad_enabled(coef > 0):
             loss = lm_loss(token_logprobs(policy, tokens, mask), mask, count)
@@ -268,12 +261,10 @@ def score(model: ScalarModel, examples: list[Example], cfg: "Settings") -> Tenso
 
 def sample_responses(policy, prompts, eos, cfg: "Settings", temperature=1.0) -> list[tuple]:
     """A response to each prompt: its ids, and their log-probabilities when sampled."""
-    def work(own_prompts: list) -> list[tuple]:
-        results = []
-        for part in chunks(own_prompts, 8 * cfg.microbatch_size):  # no gradients: more rows fit
-            results += respond(policy, part, cfg.max_new_tokens, eos, temperature)
-        return results
-    return spread(work, prompts)
+    own = []
+    for part in chunks(share(prompts), 8 * cfg.microbatch_size):  # no gradients: more rows fit
+        own += respond(policy, part, cfg.max_new_tokens, eos, temperature)
+    return together(own)
 
 def complete(policy, prompts, eos, cfg: "Settings", temperature=1.0) -> list[list[int]]:
     """The ids of a response to each prompt, with its EOS if there is one."""
@@ -418,7 +409,7 @@ class DPO(Training):
 @dataclass
 class Evaluate(Settings):
     name: str = "evaluate"  # name of the table: out/<name>.md and .json
-    models: str = "gpt,gpt+fewshot,sft,ppo_init,ppo,ppo_ptx"  # rows of the table
+    models: str = "gpt,gpt+fewshot,sft,ppo_init,ppo_ptx"  # rows of the table
     prompts: str = "prompts_valid.jsonl"  # file of the data set
     samples: Count = 1  # responses to each prompt
     temperature: NotNegative = 1.0  # of the sampling; 0 always takes the likeliest token
@@ -491,7 +482,7 @@ def sft(cfg: SFT) -> None:
         rng = np.random.default_rng(cfg.seed)
         examples += random_documents(documents, count, cfg.window, rng)
     if cfg.reward_model:
-        reward_model = load(cfg, cfg.reward_model, ScalarModel)
+        reward_model = load(cfg, cfg.reward_model, ScalarModel).requires_grad_(False)
         longest = longest_prompt([model, reward_model], cfg)
         records = read_prompts(data / "sft_valid.jsonl", tokenizer, longest)
         prompts = [record["prompt_ids"] for record in records] * 4  # for a less noisy mean
@@ -509,8 +500,7 @@ def sft(cfg: SFT) -> None:
             metrics["valid/loss"] = lm_pass(model, valid, cfg)
             if cfg.reward_model:
                 responses = complete(model, prompts, tokenizer.eot_token, cfg)
-                with torch.no_grad():
-                    scores = score(reward_model, behind(prompts, responses), cfg)
+                scores = score(reward_model, behind(prompts, responses), cfg)
                 metrics["valid/score"] = scores.mean().item()
                 if metrics["valid/score"] > run.best:
                     run.best = metrics["valid/score"]
@@ -528,9 +518,8 @@ class Ranked(NamedTuple):
     groups: Tensor  # (N,) index of the prompt
     count: int  # prompts of the whole step that have untied pairs
 
-def ranked_passes(rankings: list[Ranking], cfg: Settings) -> list[Ranked]:
-    """This process's rankings, about microbatch_size completions a pass, prompts kept whole."""
-    passes = []
+def ranked_passes(rankings: list[Ranking], cfg: Settings):
+    """Yield this process's rankings, about microbatch_size rows a pass, prompts kept whole."""
     count = max(1, sum(len(set(ranking.ranks)) > 1 for ranking in rankings))
     largest = max(len(ranking.ranks) for ranking in rankings)  # the largest K
     prompts = max(1, cfg.microbatch_size // largest)
@@ -544,8 +533,7 @@ def ranked_passes(rankings: list[Ranking], cfg: Settings) -> list[Ranked]:
             groups += [group] * len(ranking.ranks)
         ranks = torch.tensor(ranks, device=cfg.device)
         groups = torch.tensor(groups, device=cfg.device)
-        passes.append(Ranked(examples, ranks, groups, count))
-    return passes
+        yield Ranked(examples, ranks, groups, count)
 
 def rm(cfg: RM) -> None:
     """Step 2: learn to score completions in the labelers' order, by eq. (2)."""
@@ -573,9 +561,8 @@ def rm(cfg: RM) -> None:
         metrics = totals(losses)
         metrics["grad_norm"] = update(model, optimizer, cfg.learning_rate * schedule(step, total))
         if (step + 1) % steps_per_epoch == 0:
-            report = accuracy_report(model, valid, labelers, cfg)
-            tqdm.write(describe(report))
-            metrics |= report
+            metrics |= accuracy_report(model, valid, labelers, cfg)
+            tqdm.write(describe(metrics))
         run.log(metrics, "loss")
     with torch.no_grad():
         scores = score(model, demonstrations, cfg)
@@ -646,8 +633,7 @@ def ppo(cfg: PPO) -> None:
     value_optimizer = adam(value)
     longest = longest_prompt(readers, cfg)
     records = read_prompts(Path(cfg.data) / "prompts.jsonl", tokenizer, longest)
-    # Repeated until there are enough for all iterations; one shuffle runs over the copies.
-    records = records * math.ceil(cfg.iterations * cfg.rollout_size / len(records))
+    records *= math.ceil(cfg.iterations * cfg.rollout_size / len(records))  # enough for all
     gold = gold_function(records, cfg.gold)
     heldout = read_heldout(tokenizer, policy, cfg)
     files = ["prompts.jsonl", "pretrain_valid.txt"]
@@ -677,7 +663,7 @@ def ppo(cfg: PPO) -> None:
         ref_logprobs = torch.zeros_like(mask)
         old_values = torch.zeros_like(mask)
         for minibatch in minibatches:
-            for indices in microbatches(minibatch, examples, cfg):
+            for indices in by_length(share(minibatch), examples, cfg):
                 tokens, some_mask, lens = pad_examples([examples[i] for i in indices], cfg.device)
                 width = some_mask.size(1)
                 some_prompts = [batch[i]["prompt"] for i in indices]
@@ -706,7 +692,7 @@ def ppo(cfg: PPO) -> None:
         for minibatch in minibatches:
             count = mask[minibatch].sum()
             passes = []
-            for indices in microbatches(minibatch, examples, cfg):
+            for indices in by_length(share(minibatch), examples, cfg):
                 tokens, some_mask, _ = pad_examples([examples[i] for i in indices], cfg.device)
                 width = some_mask.size(1)
                 logprobs = token_logprobs(policy, tokens, some_mask)
@@ -918,8 +904,8 @@ def evaluate(cfg: Evaluate) -> None:
         for example in read_demonstrations(fewshot, tokenizer, longest):
             shots += example.ids[:-1]  # without the EOS
     table = {}
-    gold_scores = {}
-    written = {}
+    found = {"prompts": cfg.prompts, "samples": cfg.samples, "table": table}
+    found |= {"gold": {}, "RM score": {}, "responses": {}}
     for title, policy in policies.items():
         torch.manual_seed(cfg.seed)
         prompts = [record["prompt_ids"] for record in records]
@@ -928,20 +914,22 @@ def evaluate(cfg: Evaluate) -> None:
             shown = [(shots + prompt)[-longest:] for prompt in prompts]
         responses = complete(policy, shown, eos, cfg, cfg.temperature)
         turns = [own_turn(decode(tokenizer, response)) for response in responses]
-        written[title] = turns
+        found["responses"][title] = turns
         row = {}
         if gold:
             axes = [gold(record, turn) for record, turn in zip(records, turns)]
             for axis in axes[0]:
                 row[axis] = np.mean([judged[axis] for judged in axes])
             gold_totals = np.array([sum(judged.values()) for judged in axes])
-            gold_scores[title] = gold_totals.reshape(cfg.samples, -1)
+            found["gold"][title] = gold_totals.reshape(cfg.samples, -1)
         if reward_model:
             examples = []
             for prompt, turn in zip(prompts, turns):
                 ids = prompt + encode(tokenizer, turn) + [eos]
                 examples.append(Example(ids[-reward_model.config.block_size :], 0))
-            row["RM score"] = score(reward_model, examples, cfg).mean().item()
+            scores = score(reward_model, examples, cfg)
+            row["RM score"] = scores.mean().item()
+            found["RM score"][title] = scores.view(cfg.samples, -1).tolist()
         row["length"] = np.mean([len(response) for response in responses])
         if ref and cfg.temperature == 1:  # mean of log pi(y|x) - log ref(y|x), nats
             own_loss = lm_pass(policy, behind(shown, responses), cfg)
@@ -961,15 +949,11 @@ def evaluate(cfg: Evaluate) -> None:
         table[title] = row
     if gold and cfg.baseline not in table:
         print(f"There are no win rates, as --baseline {cfg.baseline} is not in the table.")
-    if cfg.baseline in gold_scores:
+    if cfg.baseline in found["gold"]:
         for title in table:
-            rate, margin = win_rate(gold_scores[title], gold_scores[cfg.baseline])
+            rate, margin = win_rate(found["gold"][title], found["gold"][cfg.baseline])
             table[title] = {"win rate": rate, "±": margin, **table[title]}
     print(markdown(table))
-    found = {
-        "prompts": cfg.prompts, "samples": cfg.samples, "table": table, "gold": gold_scores,
-        "responses": written
-    }
     content = json.dumps(found, default=np.ndarray.tolist)  # gold is in arrays
     for suffix, text in ((".md", markdown(table)), (".json", content)):
         with replacing(Path(cfg.out) / (cfg.name + suffix)) as file:

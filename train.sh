@@ -35,9 +35,8 @@ fable() {
     train rm --init sft0                                  #         and a model learns their order
     train sft $(smoke --epochs 2) --reward_model rm       # step 1 again: keep the best epoch
     train sft $(smoke --epochs 2) --name ppo_init --pretrain_fraction 0.1 # where step 3 starts
-    train ppo $(smoke --iterations 4) --name ppo --ptx_coef 0
-    train ppo $(smoke --iterations 4)
-    models=gpt,gpt+fewshot,sft,ppo_init,ppo,ppo_ptx newest=ppo_ptx
+    train ppo $(smoke --iterations 4)                     # step 3: PPO with pretraining text
+    models=gpt,gpt+fewshot,sft,ppo_init,ppo_ptx newest=ppo_ptx
     for round in $(seq 2 "${ROUNDS:-1}"); do # rank anew, train on all rankings
         label --round "$round" --models "$newest"
         train rm --name "rm$round"

@@ -11,6 +11,7 @@ run=(--data "$out/data" --out "$out" --seed "$seed")
 train() { python3 rlhf.py "$1" "${run[@]}" --resume "${@:2}"; }
 evaluate() { python3 rlhf.py evaluate "${run[@]}" --prompts prompts_test.jsonl "$@"; }
 
+train ppo --name ppo --ptx_coef 0 # without pretraining text: the alignment tax
 train dpo
 few=$out/few # over-optimisation (Gao et al. 2022): a reward model from an eighth of the rankings
 mkdir -p "$few" && cp "$out"/data/*.* "$few"
@@ -34,6 +35,10 @@ evaluate --name temperature_1.0 --samples 4 \
     --models gpt,gpt+fewshot,sft,ppo_init,dpo,ppo,ppo_ptx_raw,ppo_ptx
 evaluate --name temperature_0.7 --models gpt,gpt+fewshot,sft,ppo,dpo,ppo_ptx --temperature 0.7
 evaluate --name greedy --models gpt,sft,ppo_ptx --temperature 0
+for model in rm rm_384; do # over-optimisation, beyond the list of what the final runs report
+    evaluate --name "best_of_n_$model" --models ppo_init --reward_model $model --samples 64 \
+        --prompts prompts_valid.jsonl
+done
 
 patched=$out/best_of_n # what the reward model likes best of eight samples of PPO's start
 mkdir -p "$patched"

@@ -1,9 +1,8 @@
 """The numbers of README.md and study.md: tables over the runs of several seeds, in Markdown.
 
     python assets/tables.py out/study/*                       what the models are worth, to whom
-    python assets/tables.py out --name greedy --show          answers to a prompt of each use case
-    python assets/tables.py out --reward_model rm             how often it is right, how sure it is
-    python assets/tables.py out --best_of_n rm rm_384         over-optimisation, with Gao's fit
+    python assets/tables.py out/study/* --reward_model rm     how often it is right, how sure it is
+    python assets/tables.py out/study/* --best_of_n rm        over-optimisation, with Gao's fit
 
 Spread over seeds is the sample standard deviation. An interval is 95 %, over seeds Student's t. The
 scripted labelers' noise is known, so the probability that one prefers an answer is, too.
@@ -13,13 +12,12 @@ import argparse
 import json
 import sys
 from collections import Counter, defaultdict
-from itertools import combinations, product
+from itertools import combinations, cycle, product
 from math import comb
 from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # to find rlhf.py
 import rlhf  # noqa: E402
@@ -28,7 +26,6 @@ from model import ScalarModel  # noqa: E402
 
 T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # 97.5 % points, from 1 df
 BINS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.001)  # where 1 is in the last
-SAMPLES = 64  # of which best of n has 1 to all
 LABELERS = {"training labelers": fable.TRAIN_LABELERS, "other labelers": fable.HELDOUT_LABELERS}
 WITH_TEXT = ("summarization", "classification", "closed_qa", "extraction")
 
@@ -77,8 +74,7 @@ def preferred(run: dict, rows: list[dict], data: Path) -> dict[str, dict[str, fl
     new = new_to_all(rows, data)
     grades = {}
     for labeler, (model, responses) in product(fable.LABELERS, run["responses"].items()):
-        given = zip(repeated(rows, responses), responses, strict=True)
-        own = [fable.grade(labeler, row, text) for row, text in given]
+        own = [fable.grade(labeler, row, text) for row, text in zip(cycle(rows), responses)]
         grades[labeler, model] = np.reshape(own, (-1, len(rows)))  # (samples, prompts)
     found = {}
     for model in others:
@@ -98,17 +94,13 @@ def preferred(run: dict, rows: list[dict], data: Path) -> dict[str, dict[str, fl
         found[f"{last} to {model}"] = cells
     return found
 
-def repeated(rows: list[dict], responses: list[str]) -> list[dict]:
-    """The row of each response, where there are several samples."""
-    return rows * (len(responses) // len(rows))
-
 def count_claims(rows: list[dict], responses: list[str], tasks: tuple) -> Counter:
     """How many responses to these tasks there are, make a claim, and make a false one.
 
     A false claim goes against the text in the prompt, or says what nobody can know.
     """
     counts = Counter()
-    for row, response in zip(repeated(rows, responses), responses, strict=True):
+    for row, response in zip(cycle(rows), responses):  # all rows, then their second samples
         if row["task"] in tasks:
             said = fable.parse(response)
             is_false = fable.falsehoods(row["wants"], said) > 0
@@ -139,16 +131,6 @@ def print_models(outs: list[Path], runs: list[dict]) -> None:
     print("\nPreferred, in per cent:\n\n" + rlhf.markdown(merged(choices), interval))
     print("\nIn per cent:\n\n" + rlhf.markdown(merged(inventions), interval))
 
-def print_answers(out: Path, run: dict) -> None:
-    """The answers of each model to the first prompt of each use case, and what gold says."""
-    shown = set()
-    for i, row in enumerate(files.read_jsonl(out / "data" / run["prompts"])):
-        if row["task"] not in shown:
-            shown.add(row["task"])
-            print(f"\n{row['task']}: {row['prompt'].strip()}\n")
-            for model, responses in run["responses"].items():
-                print(f"* {model} ({run['gold'][model][0][i]:.2f}):{responses[i]}")
-
 # ---- The reward model against the truth ------------------------------------------------
 
 def pairs(out: Path, name: str) -> list[tuple]:
@@ -164,8 +146,7 @@ def pairs(out: Path, name: str) -> list[tuple]:
     for row in files.read_jsonl(out / "data/rm_prompts_valid.jsonl"):
         texts = sorted(ranked.pop(row["prompt"], ()))  # a prompt may be there twice
         examples = [files.example(tokenizer, row["prompt"], text) for text in texts]
-        with torch.no_grad():
-            scores = rlhf.score(model, examples, cfg).tolist()
+        scores = rlhf.score(model, examples, cfg).tolist()
         for i, j in combinations(range(len(texts)), 2):
             true = {}
             for labeler in fable.LABELERS:
@@ -179,24 +160,22 @@ def pairs(out: Path, name: str) -> list[tuple]:
 
 def accuracies(everything: list[tuple]) -> dict[str, dict[str, float]]:
     """Expected accuracies, without the luck of the draw."""
-    right = defaultdict(dict)
+    table = defaultdict(dict)
     for group, labelers in LABELERS.items():
-        by_model = []
-        by_oracle = []
-        by_labeler = []
+        right = defaultdict(list)
         for chance, true in everything:
             average = np.mean(list(true.values()))
             own = {labeler: true[labeler] for labeler in labelers if labeler in true}
             for labeler, p in own.items():
-                by_model.append(p if chance > 0.5 else 1 - p)
-                by_oracle.append(p if average > 0.5 else 1 - p)
+                right["reward model"].append(p if chance > 0.5 else 1 - p)
+                right["judge of average taste, no noise"].append(p if average > 0.5 else 1 - p)
                 for other, q in own.items():
                     if other != labeler:
-                        by_labeler.append(p * q + (1 - p) * (1 - q))
-        right["reward model"][group] = float(np.mean(by_model))
-        right["judge of average taste, without noise"][group] = float(np.mean(by_oracle))
-        right["another labeler of the group"][group] = float(np.mean(by_labeler))
-    return right
+                        both = p * q + (1 - p) * (1 - q)
+                        right["another labeler of the group"].append(both)
+        for judge, probabilities in right.items():
+            table[judge][group] = float(np.mean(probabilities))
+    return table
 
 def calibration(everything: list[tuple]) -> dict[str, dict[str, float]]:
     """How sure the reward model is, beside how often training labelers agree with it."""
@@ -217,34 +196,14 @@ def calibration(everything: list[tuple]) -> dict[str, dict[str, float]]:
 
 # ---- Over-optimisation: best of n by a reward model, judged by gold --------------------
 
-def best_of_n(out: Path, names: list[str]) -> dict[str, dict[str, float]]:
-    """Gold of the answer that a reward model, or gold itself, prefers among n by ppo_init."""
-    cfg = rlhf.Evaluate(data=str(out / "data"), out=str(out), device="cpu")
-    tokenizer = files.get_tokenizer(cfg.data)
-    policy = rlhf.load(cfg, "ppo_init")
-    longest = rlhf.longest_prompt([policy], cfg)
-    rows = files.read_prompts(out / "data" / cfg.prompts, tokenizer, longest)
-    prompts = [row["prompt_ids"] for row in rows]
-    models = {name: rlhf.load(cfg, name, ScalarModel) for name in names}
-    scores = defaultdict(list)  # judge -> SAMPLES lists with a score for each prompt
-    torch.manual_seed(cfg.seed)
-    for _ in range(SAMPLES):
-        responses = rlhf.complete(policy, prompts, tokenizer.eot_token, cfg)
-        totals = []
-        for row, response in zip(rows, responses):
-            turn = files.own_turn(files.decode(tokenizer, response))
-            totals.append(sum(fable.gold(row, turn).values()))
-        scores["gold"].append(totals)
-        with torch.no_grad():
-            for name, model in models.items():
-                examples = rlhf.behind(prompts, responses)
-                scores[name].append(rlhf.score(model, examples, cfg).tolist())
-    gold = np.array(scores["gold"])  # (SAMPLES, prompts)
+def best_of_n(run: dict) -> dict[str, dict[str, float]]:
+    """Gold of the answer that the reward model, or gold itself, prefers among n by ppo_init."""
+    gold = np.array(run["gold"]["ppo_init"])  # (samples, prompts)
     table = {}
-    for judge, judged in scores.items():
-        order = np.argsort(-np.array(judged), axis=0)
+    for judge in ("gold", "RM score"):
+        order = np.argsort(-np.array(run[judge]["ppo_init"]), axis=0)
         best_first = np.take_along_axis(gold, order, axis=0).mean(1)
-        means = np.array([expected_best(best_first, n) for n in range(1, SAMPLES + 1)])
+        means = np.array([expected_best(best_first, n) for n in range(1, len(gold) + 1)])
         cells = table[judge] = {}
         for n in (1, 2, 4, 8, 16, 32, 64):
             cells[str(n)] = means[n - 1]
@@ -285,20 +244,17 @@ def main() -> None:
     parser.add_argument("outs", nargs="*", default=["out"], help="folders of runs, one a seed")
     parser.add_argument("--name", default="evaluate", help="name of the evaluation")
     parser.add_argument("--beside", help="a second evaluation, on the same prompts")
-    parser.add_argument("--show", action="store_true", help="print answers of each model")
     parser.add_argument("--reward_model", help="compare this reward model with the truth")
-    parser.add_argument("--best_of_n", nargs="+", help="by these reward models, and by gold")
+    parser.add_argument("--best_of_n", help="by this reward model, and by gold")
     flags = parser.parse_args()
     outs = [Path(out) for out in flags.outs]
     if flags.reward_model:
         everything = [pairs(out, flags.reward_model) for out in outs]
         print(rlhf.markdown(merged([accuracies(own) for own in everything]), interval))
         print("\n" + rlhf.markdown(merged([calibration(sum(everything, []))]), spread))
-    elif flags.show:
-        print_answers(outs[0], read(outs[0], flags.name))
     elif flags.best_of_n:
-        found = merged([best_of_n(out, flags.best_of_n) for out in outs])
-        print(rlhf.markdown(found, spread))
+        runs = [read(out, f"best_of_n_{flags.best_of_n}") for out in outs]
+        print(rlhf.markdown(merged([best_of_n(run) for run in runs]), spread))
     else:
         print_models(outs, [read(out, flags.name, flags.beside) for out in outs])
 

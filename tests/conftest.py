@@ -3,19 +3,16 @@
 import base64
 import json
 import shutil
-import sys
 from pathlib import Path
 from random import Random
 
 import pytest
+import rlhf
 import torch
+from data.files import EOT, get_tokenizer, write_jsonl
+from model import GPT, GPTConfig, ScalarModel
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-import rlhf  # noqa: E402
-from data.files import EOT, get_tokenizer, write_jsonl  # noqa: E402
-from model import GPT, GPTConfig, ScalarModel  # noqa: E402
 
 rlhf.PRESETS["test"] = dict(block_size=24, n_layer=1, n_head=2, n_embd=8)
 SMALL = {  # some six steps of every stage that trains
@@ -76,14 +73,16 @@ def write_vocabulary(folder: Path, tokens: list[bytes] = BYTES) -> Path:
     (folder / "tokenizer.tiktoken").write_text("".join(lines))
     return folder
 
-def write_data(folder: Path) -> None:
-    """Every file that the stages read, with words of a to f."""
-    rng = Random(0)
+@pytest.fixture(scope="session")
+def template(tmp_path_factory) -> Path:
+    """data/ with every file that the stages read, with words of a to f, and out/ with models of
+    random weights that often end a response."""
+    template, rng = tmp_path_factory.mktemp("template"), Random(0)
 
     def word(shortest: int, longest: int) -> str:
         return "".join(rng.choices("abcdef", k=rng.randint(shortest, longest)))
 
-    write_vocabulary(folder)
+    folder = write_vocabulary(template / "data")
     (folder / "gold.py").write_text(GOLD)
     for name, count in (("pretrain", 30), ("pretrain_valid", 5)):
         (folder / f"{name}.txt").write_text(EOT.join(word(2, 30) for _ in range(count)))
@@ -103,21 +102,15 @@ def write_data(folder: Path) -> None:
         rows[1]["ranks"] = [2, 0, 1]
         rows[2]["ranks"] = [1, 1, 1, 1]
         write_jsonl(folder / f"{name}.jsonl", rows)
-
-@pytest.fixture(scope="session")
-def template(tmp_path_factory) -> Path:
-    """data/ as above, and out/ with models of random weights that often end a response."""
-    folder = tmp_path_factory.mktemp("template")
-    write_data(folder / "data")
     torch.manual_seed(1)
     shape = dict(vocab_size=257, block_size=24, n_embd=8, n_layer=1)
-    rlhf.save(folder / "out/rm.pt", scalar(**shape))
+    rlhf.save(template / "out/rm.pt", scalar(**shape))
     for name in ("gpt", "sft", "ppo_init"):
         model = gpt(**shape)
         torch.nn.init.ones_(model.ln_f.bias)
         torch.nn.init.constant_(model.wte.weight[EOS], 0.5)
-        rlhf.save(folder / f"out/{name}.pt", model)
-    return folder
+        rlhf.save(template / f"out/{name}.pt", model)
+    return template
 
 @pytest.fixture
 def project(template, tmp_path) -> Path:

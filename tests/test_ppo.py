@@ -51,7 +51,8 @@ def test_passes_have_rows_of_like_length(lengths, size, device, expected):
     ([2] * 8, 8, [4, 4]), ([2, 2, 4], 8, [2, 1]), ([9, 3], 4, [1, 1])])
 def test_a_pass_has_whole_prompts_and_seldom_more_rows_than_asked_for(completions, size, prompts):
     rankings = [Ranking([Example([0], 0)] * k, list(range(k)), "") for k in completions]
-    passes = rlhf.ranked_passes(rankings, rlhf.Settings(microbatch_size=size, device="cpu"))
+    cfg = rlhf.Settings(microbatch_size=size, device="cpu")
+    passes = list(rlhf.ranked_passes(rankings, cfg))
     assert [len(set(ranked.groups.tolist())) for ranked in passes] == prompts
     assert sum(len(ranked.examples) for ranked in passes) == sum(completions)
 
@@ -465,8 +466,7 @@ def test_max_kl_ends_the_updates_of_an_iteration(project, calls):
 def test_sft_keeps_the_epoch_that_the_reward_model_likes(
     project, tokenizer, monkeypatch, scores, kept
 ):
-    """C.1: the best by its score, be the loss as it may; without a reward model the last. There is
-    dropout in training, and none in validation."""
+    """C.1: the best by its score, or else the last. Dropout in training, none in validation."""
     plan = iter(scores or [])
     monkeypatch.setattr(rlhf, "score", lambda *_: tensor([next(plan)]))
     cfg = settings(rlhf.SFT, project, epochs=3, batch_size=5, reward_model="rm" if scores else "")
@@ -547,6 +547,7 @@ def test_the_table_by_hand(project, tokenizer, calls, monkeypatch, temperature):
                 expected[axis].append(x)
         totals = np.add(expected["helpful"], expected["harmless"]).reshape(3, -1)
         assert np.array(found["gold"][title]) == pytest.approx(totals)
+        assert np.ravel(found["RM score"][title]) == pytest.approx(expected["RM score"], abs=1e-4)
         assert found["responses"][title] == [decode(tokenizer, x)[:2] for x in own]
         documents = read_documents(project / "data/pretrain_valid.txt", tokenizer)
         expected["held-out loss"] = [lm_by_loop(policy, [(x[:24], 1) for x in documents]).item()]
@@ -597,14 +598,16 @@ def test_checkpoint_round_trip(network, other, tmp_path):
 
 @pytest.mark.parametrize("stage, fields", [
     (rlhf.PPO, dict(gamma=1.01)), (rlhf.PPO, dict(lam=-0.1)), (rlhf.PPO, dict(name="rm")),
-    (rlhf.PPO, dict(ptx_ratio=0.0)), (rlhf.SFT, dict(window=1)),
+    (rlhf.PPO, dict(ptx_ratio=0.0)), (rlhf.SFT, dict(window=1)), (rlhf.RM, dict(device="cuda")),
     (rlhf.PPO, dict(name="ppo_init")), (rlhf.RM, dict(learning_rate=math.nan)),
     (rlhf.RM, dict(learning_rate=math.inf)), (rlhf.SFT, dict(epochs=0)),
     (rlhf.SFT, dict(dropout=1.0)), (rlhf.SFT, dict(pretrain_fraction=1.0))])
-def test_impossible_settings_are_refused(tmp_path, stage, fields):
+def test_impossible_settings_are_refused(tmp_path, monkeypatch, stage, fields):
+    for there, expected in ((True, ("cuda", "bfloat16")), (False, ("cpu", "float32"))):
+        monkeypatch.setattr(torch.cuda, "is_available", Mock(return_value=there))
+        cfg = settings(rlhf.PPO, tmp_path, gamma=1, lam=0, device="auto", dtype="auto")
+        rlhf.settle(cfg)
+        assert (cfg.device, cfg.dtype) == expected
     ((flag, value),) = fields.items()
     with pytest.raises(UserError, match=f"--{flag} {value}"):
         rlhf.settle(settings(stage, tmp_path, **fields))
-    cfg = settings(rlhf.PPO, tmp_path, gamma=1, lam=0, device="auto", dtype="auto")
-    rlhf.settle(cfg)
-    assert (cfg.device, cfg.dtype) in (("cpu", "float32"), ("cuda", "bfloat16"))

@@ -1,16 +1,12 @@
 """The scripts that make tables, against definitions."""
 
-import sys
 from itertools import combinations
 from random import Random
 
 import numpy as np
 import pytest
-from conftest import ROOT
+import tables
 from data import fable
-
-sys.path.insert(0, str(ROOT / "assets"))
-import tables  # noqa: E402
 
 def test_true_preference_is_how_often_the_labeler_says_so():
     row = fable.ask(Random(1), "open_qa")
@@ -53,7 +49,7 @@ def test_accuracies_are_means_over_labelers_of_the_true_probability():
     found = tables.accuracies(pairs)
     group = "training labelers"
     assert found["reward model"][group] == pytest.approx((0.8 + 0.6 + 0.3) / 3)
-    oracle = found["judge of average taste, without noise"][group]
+    oracle = found["judge of average taste, no noise"][group]
     assert oracle == pytest.approx((0.8 + 0.6 + 0.7) / 3)
     both = 0.8 * 0.6 + 0.2 * 0.4
     assert found["another labeler of the group"][group] == pytest.approx(both)

@@ -61,6 +61,10 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     a, b = one.state_dict(), other.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
+def refused(sentence: str, name_or_folder, data: str = "") -> None:
+    with pytest.raises(UserError, match=sentence):
+        load_gpt2(name_or_folder, data)
+
 @pytest.mark.parametrize("prefix, dtype", [
     ("", torch.float32), ("transformer.", torch.float16), ("_orig_mod.", torch.bfloat16),
     ("transformer.module.", torch.float16), ("_orig_mod.module.transformer.", torch.float32)])
@@ -87,8 +91,8 @@ def test_weights_that_do_not_fit_are_named(tmp_path, model, name, shape):
     weights.pop(name, None)
     if shape:
         weights[name] = torch.ones(shape)
-    with pytest.raises(UserError, match=f"model.safetensors cannot.*{name}.*: use another"):
-        load_gpt2(write_folder(tmp_path, model, weights))
+    folder = write_folder(tmp_path, model, weights)
+    refused(f"model.safetensors cannot.*{name}.*: use another", folder)
 
 @pytest.mark.parametrize("field, value", [
     ("n_layer", None), ("n_layer", 3), ("n_head", 0), ("n_embd", 24.0), ("n_positions", "32"),
@@ -98,17 +102,14 @@ def test_weights_that_do_not_fit_are_named(tmp_path, model, name, shape):
     ("tie_word_embeddings", False)])
 def test_a_config_of_another_model_is_refused(tmp_path, model, field, value):
     assert same(load_gpt2(write_folder(tmp_path, model, n_inner=96)), model)
-    with pytest.raises(UserError, match="cannot be used"):
-        load_gpt2(write_folder(tmp_path, model, **{field: value}))
+    refused("cannot be used", write_folder(tmp_path, model, **{field: value}))
 
 def test_broken_folders_are_one_sentence(tmp_path, model):
-    with pytest.raises(UserError, match="config.json cannot be used .*No such file.* one of gpt2"):
-        load_gpt2(tmp_path / "nowhere")
+    refused("config.json cannot be used .*No such file.* one of gpt2", tmp_path / "nowhere")
     write_folder(tmp_path, model)
     for content in (b"[]", b"{", b"[" * 100_000, b"\xff"):
         (tmp_path / "config.json").write_bytes(content)
-        with pytest.raises(UserError, match="config.json cannot be used"):
-            load_gpt2(tmp_path)
+        refused("config.json cannot be used", tmp_path)
     (tmp_path / "broken.pt").write_bytes(b"broken")
     for line in ("load nowhere", "save nothing.pt a", f"save {tmp_path}/broken.pt a"):
         with pytest.raises(SystemExit, match=f"gpt2: .*{line.split()[1]}"):
@@ -156,19 +157,15 @@ def test_the_bpe_beside_the_weights_has_to_be_the_tokenizers(tmp_path, model):
     folder, data = write_folder(tmp_path / "a", model), write_data(tmp_path / "data")
     write_bpe(folder)
     assert load_gpt2(folder, data).config.vocabulary == fingerprint(get_tokenizer(data))
-    with pytest.raises(UserError, match="another vocabulary than GPT-2: pass its --data"):
-        load_gpt2(folder)
+    refused("another vocabulary than GPT-2: pass its --data", folder)
     write_bpe(folder, [*MERGES[:3], ("o", "n")])  # as many tokens
-    with pytest.raises(UserError, match=f"another vocabulary than {data}: pass its --data"):
-        load_gpt2(folder, data)
+    refused(f"another vocabulary than {data}: pass its --data", folder, data)
     for order in (MERGES[::-1], MERGES[:3], [*MERGES[:3], ("o", "n")]):
         write_bpe(folder, order=order)
-        with pytest.raises(UserError, match="merges.txt cannot be used"):
-            load_gpt2(folder, data)
+        refused("merges.txt cannot be used", folder, data)
     for content in ("", "[]", '{"a": "b"}', '{"\u4e2d": 0}', '{"a": 5}'):
         (folder / "vocab.json").write_text(content)
-        with pytest.raises(UserError, match="vocab.json or .* cannot be used"):
-            load_gpt2(folder, data)
+        refused("vocab.json or .* cannot be used", folder, data)
 
 def test_padded_vocabularies_are_cut_and_it_says_so(tmp_path, capsys):
     data = write_data(tmp_path / "data")
@@ -183,8 +180,7 @@ def test_padded_vocabularies_are_cut_and_it_says_so(tmp_path, capsys):
     for size in (250, 3000):
         with pytest.raises(UserError, match=f"{size} tokens, where .*data has 261"):
             load_gpt2(write_folder(tmp_path / "a", gpt(**SHAPE | {"vocab_size": size})), data)
-    with pytest.raises(UserError, match="no folder .*nowhere"):
-        load_gpt2(tmp_path / "a", str(tmp_path / "nowhere"))
+    refused("no folder .*nowhere", tmp_path / "a", str(tmp_path / "nowhere"))
 
 def test_a_name_is_downloaded_once_from_the_mirror(tmp_path, monkeypatch):
     model = gpt(**SHAPE)
@@ -193,11 +189,9 @@ def test_a_name_is_downloaded_once_from_the_mirror(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setitem(gpt2.HUB, "gpt2-xl", ("0123", "0" * 24))
     cached = tmp_path / ".cache/rlhf/gpt2-xl"
-    with pytest.raises(UserError, match=f"hub/.*config.json could.*: try again, .*{cached}/conf"):
-        load_gpt2("gpt2-xl")
+    refused(f"hub/.*config.json could.*: try again, .*{cached}/conf", "gpt2-xl")
     write_folder(place, model)
-    with pytest.raises(UserError, match="invalid hash value.*save it as .*model.safetensors"):
-        load_gpt2("gpt2-xl")
+    refused("invalid hash value.*save it as .*model.safetensors", "gpt2-xl")
     assert [file.name for file in cached.iterdir()] == ["config.json"]
     right = hashlib.sha256((place / "model.safetensors").read_bytes()).hexdigest()
     monkeypatch.setitem(gpt2.HUB, "gpt2-xl", ("0123", right[:24]))
@@ -205,8 +199,7 @@ def test_a_name_is_downloaded_once_from_the_mirror(tmp_path, monkeypatch):
     (place / "model.safetensors").unlink()
     again = load_gpt2("gpt2-xl")
     assert same(again, model) and again.config.vocabulary == gpt2.GPT2_VOCABULARY
-    with pytest.raises(UserError, match="another vocabulary than"):
-        load_gpt2("gpt2-xl", write_data(tmp_path / "data"))
+    refused("another vocabulary than", "gpt2-xl", write_data(tmp_path / "data"))
 
 def test_a_reward_model_keeps_its_scores_bias_and_all(tmp_path):
     model, tokens = scalar(**SHAPE), torch.randint(261, (4, 20))

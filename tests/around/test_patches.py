@@ -4,17 +4,14 @@ import json
 import math
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import rlhf
 import torch
+from check import changed_lines
 from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "patches"))
-from check import changed_lines  # noqa: E402
-from run import PATCHES, header  # noqa: E402
+from run import PATCHES, header
 
 README = (ROOT / "patches/README.md").read_text(encoding="utf-8")
 FLAGS = {

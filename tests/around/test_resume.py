@@ -39,8 +39,7 @@ def assert_same(project: Path) -> None:
     assert (project / "out/run.pt").read_bytes() == (project / "out/whole.pt").read_bytes()
 
 def work(cfg, stage: str, at: int, events) -> None:
-    """In a process of its own: count what the run does to its weights and files, and send SIGKILL
-    at number `at`."""
+    """A run that SIGKILL ends at number `at` of what it does to its weights and files."""
     torch.set_num_threads(1)
     clock = itertools.count()  # a second passes at every look: a save every other step or so
     rlhf.time = SimpleNamespace(time=lambda: next(clock))
