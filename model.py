@@ -1,4 +1,4 @@
-"""GPT-2, its twin with a scalar head, and sampling with a KV cache. Nothing here knows of training.
+"""GPT-2, its twin with a scalar head, and sampling with a KV cache. Nothing here is about training.
 
 The architecture is GPT-2's (Radford et al. 2019). Rows are padded on the right: attention is
 causal, so right padding never affects real tokens.
@@ -47,14 +47,14 @@ class KVCache:
         self.column = columns[width - 1 : width]  # the last one written
 
     def next_token(self):
-        """Make room for each row's next token, in place, as a CUDA graph needs it."""
+        """Make room for each row's next token, in place, as a CUDA graph requires."""
         self.position += 1
         self.column += 1
         self.mask.index_fill_(3, self.column, True)
 
     def append(self, layer, keys_values):
         """Store keys and values (2, B, H, T, D); returns those to attend to, and the mask."""
-        if layer not in self.layers:  # the prompts, which attention reads causally, with no mask
+        if layer not in self.layers:  # the prompts: causal attention needs no mask
             self.layers[layer] = F.pad(keys_values, (0, 0, 0, self.max_new_tokens))
             return keys_values, None
         return self.layers[layer].index_copy_(3, self.column, keys_values), self.mask
@@ -149,7 +149,7 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def unembed(self, states: Tensor) -> Tensor:
-        """States (..., C) -> logits (..., V), float32. Separate, since few columns need them."""
+        """States (..., C) -> logits (..., V), float32. Separate: few columns need logits."""
         with torch.autocast(states.device.type, enabled=False):  # bfloat16 would round logits
             return F.linear(states.float(), self.wte.weight)
 

@@ -1,8 +1,9 @@
 """torchrun --nproc_per_node=N rlhf.py STAGE ...: N processes that do the work of one.
 
 All processes start from the same weights and choose the same batches; each works on every Nth
-example. Means are divided by the count of the whole batch, so losses and gradients add up to
-those of one process. Without torchrun, nothing here does anything.
+example. Sums are divided by the count of the whole batch, so losses and gradients add up to those
+of one process; dropout and sampling draw other random numbers. Without torchrun, each function
+acts for a single process.
 """
 
 import os
@@ -12,12 +13,13 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-RANK = int(os.environ.get("RANK", 0))  # set by torchrun
+STARTED = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun, which sets RANK and LOCAL_RANK, too
+RANK = int(os.environ["RANK"]) if STARTED else 0
 
 @contextmanager
 def joined(device: str, shared: bool):
-    """Inside, if work is shared, this process is one of torchrun's, with a GPU if there are any."""
-    if "RANK" not in os.environ or not shared:
+    """Inside, if work is shared, this process is one of torchrun's, with a GPU of its own."""
+    if not STARTED or not shared:
         yield
         return
     if device == "cuda":

@@ -53,8 +53,9 @@ from model import GPT, PRESETS, GPTConfig, ScalarModel, pad_right, respond
 from parallel import RANK, all_sum, gather, joined, share, sum_gradients, together
 
 # ---- The equations: tensors and floats in, tensors out ---------------------------------
-# Where the tensors are a part of an optimizer step, `count` is what the mean over the whole step is
-# divided by, so that the parts add up. Nothing outside the mask matters, not even NaN.
+# Where the tensors are only part of an optimizer step, `count` is the number of terms in the whole
+# step, by which the sum is divided, so that the parts add up to the mean. Nothing outside the mask
+# matters, not even NaN.
 
 def masked_mean(x: Tensor, mask: Tensor, count=None) -> Tensor:
     """The mean of x over the columns where mask is 1: (B, T-1), (B, T-1) -> ()."""
@@ -72,8 +73,8 @@ def lm_loss(logprobs: Tensor, mask: Tensor, count=None) -> Tensor:
 def pairwise_loss(scores: Tensor, ranks: Tensor, groups: Tensor, count=None) -> Tensor:
     """eq. (2): -1/C(K,2) E[log sigmoid(r(x, y_w) - r(x, y_l))], nats per pair (paper, eq. 1).
 
-    scores (N,), ranks (N,) with 0 = best and equal ties, groups (N,) the index of the prompt
-    -> (). Each completion is scored once and compared with all others of its prompt. Tied
+    scores (N,), ranks (N,) where 0 is best and ties are equal, groups (N,) the index of the
+    prompt -> (). Each completion is scored once and compared with all others of its prompt. Tied
     pairs are dropped (C.2). The mean is over the pairs of a prompt, then over the prompts
     (our choice).
     """
@@ -206,7 +207,7 @@ def token_logprobs(policy: GPT, tokens: Tensor, mask: Tensor) -> Tensor:
     return torch.zeros_like(mask).masked_scatter(chosen, logprobs)
 
 def sequence_scores(reward_model: ScalarModel, tokens: Tensor, total_lens: Tensor) -> Tensor:
-    """r(x, y), read at the last token of each row, EOS: (B, T), (B,) -> (B,)."""
+    """r(x, y), read at each row's last token, its EOS if it has one: (B, T), (B,) -> (B,)."""
     return reward_model(tokens).gather(1, total_lens[:, None] - 1).squeeze(1)
 
 def chunks(items: list, size: int) -> list[list]:
@@ -261,10 +262,15 @@ def score(model: ScalarModel, examples: list[Example], cfg: "Settings") -> Tenso
 
 def sample_responses(policy, prompts, eos, cfg: "Settings", temperature=1.0) -> list[tuple]:
     """A response to each prompt: its ids, and their log-probabilities when sampled."""
-    own = []
-    for part in chunks(share(prompts), 8 * cfg.microbatch_size):  # no gradients: more rows fit
-        own += respond(policy, part, cfg.max_new_tokens, eos, temperature)
-    return together(own)
+    own = share(prompts)
+    results = [None] * len(own)
+    order = sorted(range(len(own)), key=lambda i: len(own[i]))  # for less padding
+    for part in chunks(order, 8 * cfg.microbatch_size):  # no gradients: more rows fit
+        asked = [own[i] for i in part]
+        sampled = respond(policy, asked, cfg.max_new_tokens, eos, temperature)
+        for i, response in zip(part, sampled):
+            results[i] = response
+    return together(results)
 
 def complete(policy, prompts, eos, cfg: "Settings", temperature=1.0) -> list[list[int]]:
     """The ids of a response to each prompt, with its EOS if there is one."""
@@ -302,8 +308,8 @@ def batch_at(items: list, size: int, step: int, seed: int) -> list:
 def random_documents(documents: list, count: int, longest: int, rng) -> list[Example]:
     """Random documents; long ones are cropped to a random window of `longest` tokens.
 
-    Each example is one document: when several share a row, a small model takes ten times as
-    long to learn to look back and copy. The first token is given, the others are predicted.
+    Each example is one document, so none sees another's text (our choice). The first token is
+    given, the others are predicted.
     """
     examples = []
     for i in rng.integers(len(documents), size=count):
@@ -326,7 +332,7 @@ class Settings:
     data: str = "out/data"  # folder of the data set
     out: str = "out"  # folder of checkpoints and logs
     seed: Annotated[int, 0, 2**62] = 1  # random seed
-    device: str = "auto"  # auto, cpu, cuda or mps
+    device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 on CUDA, else float32
     microbatch_size: Count = 32  # rows per forward pass, in sampling 8 times that; bounds memory
     max_new_tokens: Count = 48  # longest response (paper: 1,000)
@@ -334,7 +340,7 @@ class Settings:
 
 @dataclass
 class Training(Settings):
-    resume: bool = False  # continue where the run of this name was stopped, to the same bits
+    resume: bool = False  # continue where the run of this name was stopped; on a CPU, same bits
     save_minutes: NotNegative = 5.0  # minutes between two saves for --resume
 
 @dataclass
@@ -367,7 +373,7 @@ class RM(Training):
     init: str = "sft"  # policy to start from, with a scalar head (paper: 6B, tuned on NLP tasks)
     epochs: Count = 2  # passes over the comparisons (paper: 1, over 33,207 prompts; here 3,072)
     batch_size: Count = 8  # prompts per step, with all their pairs (paper: 64)
-    microbatch_size: Count = 72  # rows per forward pass; only bounds the memory
+    microbatch_size: Count = 72  # rows per pass, whole prompts; bounds the memory
     learning_rate: NotNegative = 3e-4  # peak, cosine to 10 % (paper: 9e-6)
 
 @dataclass
@@ -402,8 +408,8 @@ class DPO(Training):
     init: str = "ppo_init"  # start of the policy, and the reference it is held to
     epochs: Count = 1  # passes over the comparisons (DPO paper: not stated)
     batch_size: Count = 8  # prompts per step, with all their pairs (DPO paper: 64 pairs)
-    microbatch_size: Count = 72  # rows per forward pass; only bounds the memory
-    learning_rate: NotNegative = 1e-4  # peak, after a warmup of 10 % (DPO paper: 1e-6, RMSprop)
+    microbatch_size: Count = 72  # rows per pass, whole prompts; bounds the memory
+    learning_rate: NotNegative = 1e-4  # peak; warmup 10 %, cosine to 10 % (DPO paper: 1e-6)
     beta: NotNegative = 1.0  # strength of the tie to the reference (DPO paper: 0.1 and 0.5)
 
 @dataclass
@@ -422,7 +428,7 @@ class Chat(Settings):
     model: str = "ppo_ptx"  # model to talk to
     temperature: NotNegative = 0.7  # 0 always takes the likeliest token
 
-CHOICES = {"preset": PRESETS, "device": ("auto", "cpu", "cuda", "mps")}
+CHOICES = {"preset": PRESETS, "device": ("auto", "cpu", "cuda")}
 CHOICES["dtype"] = ("auto", "float32", "bfloat16")
 
 # ---- Pretraining, and step 1: supervised fine-tuning -----------------------------------
@@ -608,7 +614,7 @@ def accuracy_report(model, rankings: list[Ranking], seen: set[str], cfg: Setting
 # ---- Step 3: PPO, with the KL and pretraining terms ------------------------------------
 
 class Reward:
-    """What PPO maximises. To use a rule or another model, change this class alone."""
+    """The score of a response. To use a rule or another model, change this class alone."""
     def __init__(self, cfg: PPO):
         self.model = load(cfg, cfg.reward_model, ScalarModel)
 
@@ -619,7 +625,9 @@ class Reward:
 def ppo(cfg: PPO) -> None:
     """Step 3: maximise the reward, with a KL term and a pretraining term (paper, eq. 2).
 
-    eq. (7): the policy minimises (5) + ptx_coef (1), and the value network minimises (6).
+    eq. (7): the policy minimises (5) + ptx_coef (1), and the value network minimises (6). Not
+    stated, and our choice: there is no dropout, responses are sampled from the weights of the
+    last step and not from their average, and rewards are not whitened (OpenAI, 2019: they are).
     """
     tokenizer = get_tokenizer(cfg.data)
     eos = tokenizer.eot_token
@@ -655,8 +663,8 @@ def ppo(cfg: PPO) -> None:
         examples = behind(prompts, responses)
         _, mask, _ = pad_examples(examples, cfg.device)
 
-        # 2. Reward model, policy, reference and value network read them, in the passes of the first
-        #    updates, so the first ratio is exactly 1; all_sum merges the processes' rows.
+        # 2. Reward model, policy, reference and value network read them, in the forward passes of
+        #    the first epoch, so its first ratio is exactly 1; all_sum merges the processes' rows.
         minibatches = chunks(range(len(batch)), cfg.minibatch_size)
         scores = torch.zeros(len(batch), device=cfg.device)
         old_logprobs = torch.zeros_like(mask)
@@ -684,7 +692,7 @@ def ppo(cfg: PPO) -> None:
         advantages, returns = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)
         advantages = whiten(advantages, mask)
 
-        # 4. Update both networks, eq. (5) and (6), a step per minibatch; first in the order of 2.
+        # 4. Update both networks, eq. (5) and (6), a step per minibatch; the first epoch's are 2's.
         for _ in range(cfg.epochs - 1):
             minibatches += chunks(rng.permutation(len(batch)).tolist(), cfg.minibatch_size)
         warmup = min(1.0, 0.1 + 0.09 * iteration)  # a tenth to 1 (C.4: of the policy)
@@ -733,7 +741,7 @@ def ppo(cfg: PPO) -> None:
             metrics[key] = np.mean([stats[key] for stats in steps])
         kl = ((old_logprobs - ref_logprobs) * mask).sum(1)
         metrics["objective/scores"] = scores.mean().item()
-        metrics["objective/raw_scores"] = raw_scores.mean().item()  # without missing_eos_score
+        metrics["objective/raw_scores"] = raw_scores.mean().item()  # before missing_eos_score
         metrics["objective/kl"] = kl.mean().item()
         metrics["objective/rlhf_reward"] = (scores - cfg.kl_coef * kl).mean().item()
         metrics["objective/entropy"] = -old_logprobs.sum(1).mean().item()
@@ -790,7 +798,7 @@ def ema_update(ema, model, decay: float) -> None:
         average.lerp_(new, 1 - decay)
 
 def behind(prompts, responses) -> list[Example]:
-    """Each response behind its prompt, both lists of ids."""
+    """Each prompt followed by its response, both lists of ids."""
     return [Example(ids + response, len(ids)) for ids, response in zip(prompts, responses)]
 
 # ---- DPO, an alternative to steps 2 and 3 ----------------------------------------------
@@ -872,8 +880,9 @@ def evaluate(cfg: Evaluate) -> None:
     """Compare models on held-out prompts: a table, printed and as Markdown and JSON.
 
     A base model may go on to speak for the human. Gold and reward model judge its own turn
-    alone; length, KL and EOS are of all that it wrote. The KL is that of the policy itself, so it
-    is left out where the temperature is not 1.
+    alone; length, KL and EOS are measured on all that it wrote. The KL is that of the policy
+    itself, so it is left out where the temperature is not 1. A row with + sees the examples
+    before each prompt; its held-out loss and in-context tasks are those of the model without.
     """
     tokenizer = get_tokenizer(cfg.data)
     eos = tokenizer.eot_token
@@ -893,6 +902,8 @@ def evaluate(cfg: Evaluate) -> None:
     ref = load_if_there(cfg, cfg.reference, GPT)
     reward_model = load_if_there(cfg, cfg.reward_model, ScalarModel)
     longest = longest_prompt([*policies.values(), ref, reward_model], cfg)
+    shortest = min(policies.values(), key=lambda policy: policy.config.block_size)
+    heldout = read_heldout(tokenizer, shortest, cfg)  # the same text for all models
     records = read_prompts(data / cfg.prompts, tokenizer, longest) * cfg.samples
     gold = gold_function(records, cfg.gold)
     probes = {}  # kind of task -> tasks
@@ -936,7 +947,6 @@ def evaluate(cfg: Evaluate) -> None:
             ref_loss = lm_pass(ref, behind(prompts, responses), cfg)
             row["KL"] = (ref_loss - own_loss) * row["length"]
         row["EOS"] = np.mean([response[-1] == eos for response in responses])
-        heldout = read_heldout(tokenizer, policy, cfg)
         if heldout:
             row["held-out loss"] = lm_pass(policy, heldout, cfg)
         for task, own_probes in probes.items():
@@ -1009,7 +1019,7 @@ def save(path: Path, model: GPT | ScalarModel) -> None:
             torch.save(content | {"model": model.state_dict()}, file)
 
 def read_tensors(path: Path) -> dict:
-    """What was saved. UserError if it is missing, damaged, or more than plain values."""
+    """What was saved. UserError if it is missing, damaged, or holds anything but plain values."""
     if not path.exists():
         raise UserError(f"there is no {path}: train it first")
     try:
@@ -1050,9 +1060,10 @@ def longest_prompt(models: list, cfg: Settings) -> int:
 class Run:
     """What a stage that trains leaves in out/<name>/: metrics.jsonl and state.pt.
 
-    Each step has a seed of its own, so step n is the same whoever starts it: after a kill at any
-    moment, --resume goes on from the last save to the same bits, if `files` of the data set are
-    unchanged. `parts` are the models and optimizers that a save keeps.
+    Each step has a seed of its own, so step n is the same in every run: after a kill at any
+    moment, --resume goes on from the last save; on a CPU to the same bits, for the same
+    --microbatch_size and number of processes. `files` of the data set have to be unchanged.
+    `parts` are the models and optimizers that a save keeps.
     """
     def __init__(self, cfg: Training, total: int, files: list[str], parts: list):
         self.cfg = cfg
@@ -1197,7 +1208,7 @@ def settle(cfg: Settings) -> None:
         cfg.dtype = "bfloat16" if cfg.device == "cuda" else "float32"
 
 def run_stage(stage, cfg: Settings) -> None:
-    """Run a stage. Whatever the user can mend ends in one sentence."""
+    """Run a stage. Whatever the user can fix is reported in one sentence."""
     shared = isinstance(cfg, Training)  # the rest is work for one process
     if RANK > 0 and not shared:
         return
@@ -1215,10 +1226,10 @@ def run_stage(stage, cfg: Settings) -> None:
     except OSError as error:
         sys.exit(f"{stage.__name__}: {error.filename or cfg.out}: {error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in repr(error).lower():
+        if not re.search("MemoryError|out of memory|allocate memory", repr(error)):
             raise
-        size = f"--microbatch_size, now {cfg.microbatch_size}"
-        sys.exit(f"{stage.__name__}: out of memory; lower {size}, or --max_new_tokens")
+        flags = f"--microbatch_size, now {cfg.microbatch_size}, or in sampling --max_new_tokens"
+        sys.exit(f"{stage.__name__}: out of memory; lower {flags}")
     except EOFError:  # the end of what a person types
         print()
     except KeyboardInterrupt as error:

@@ -11,8 +11,8 @@
 set -euo pipefail
 root=$(dirname "$(readlink -f "$0")")
 
-if [ -d "$root/.venv" ]; then source "$root/.venv/bin/activate"; fi
-if ! python3 -c "import torch, tiktoken, tqdm" 2> /dev/null; then
+if [ -f "$root/.venv/bin/activate" ]; then source "$root/.venv/bin/activate"; fi
+if ! python3 -c "import numpy, torch, tiktoken, tqdm" 2> /dev/null; then
     python3 -m venv "$root/.venv"
     source "$root/.venv/bin/activate"
     pip install -q -r "$root/requirements.txt"
@@ -37,7 +37,7 @@ fable() {
     train sft $(smoke --epochs 2) --name ppo_init --pretrain_fraction 0.1 # where step 3 starts
     train ppo $(smoke --iterations 4)                     # step 3: PPO with pretraining text
     models=gpt,gpt+fewshot,sft,ppo_init,ppo_ptx newest=ppo_ptx
-    for round in $(seq 2 "${ROUNDS:-1}"); do # rank anew, train on all rankings
+    for ((round = 2; round <= ${ROUNDS:-1}; round++)); do # rank anew, train on all rankings
         label --round "$round" --models "$newest"
         train rm --name "rm$round"
         newest=ppo_ptx$round models=$models,ppo_ptx$round

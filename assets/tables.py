@@ -28,6 +28,7 @@ T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # 97.5 % p
 BINS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.001)  # where 1 is in the last
 LABELERS = {"training labelers": fable.TRAIN_LABELERS, "other labelers": fable.HELDOUT_LABELERS}
 WITH_TEXT = ("summarization", "classification", "closed_qa", "extraction")
+INVENTED = ("invented_name", "invented_age", "invented_dream", "invented_moon")
 
 def spread(values: list[float]) -> str:
     """Mean and sample standard deviation."""
@@ -94,19 +95,18 @@ def preferred(run: dict, rows: list[dict], data: Path) -> dict[str, dict[str, fl
         found[f"{last} to {model}"] = cells
     return found
 
-def count_claims(rows: list[dict], responses: list[str], tasks: tuple) -> Counter:
-    """How many responses to these tasks there are, make a claim, and make a false one.
+def count_claims(rows: list[dict], responses: list[str], tasks: tuple, kinds: tuple) -> Counter:
+    """How many responses to these tasks there are, claim something, and claim something false.
 
-    A false claim goes against the text in the prompt, or says what nobody can know.
+    Claims are sentences of these kinds: what a text says, or what nobody can know.
     """
     counts = Counter()
     for row, response in zip(cycle(rows), responses):  # all rows, then their second samples
         if row["task"] in tasks:
-            said = fable.parse(response)
-            is_false = fable.falsehoods(row["wants"], said) > 0
+            claims = [one for one in fable.parse(response) if one.kind in kinds]
             counts["responses"] += 1
-            counts["false"] += is_false
-            counts["claims"] += is_false or any(one.kind in fable.REPORTS for one in said)
+            counts["claims"] += len(claims) > 0
+            counts["false"] += fable.falsehoods(row["wants"], claims) > 0
     return counts
 
 def print_models(outs: list[Path], runs: list[dict]) -> None:
@@ -118,8 +118,8 @@ def print_models(outs: list[Path], runs: list[dict]) -> None:
         inventions.append({})
         for model, responses in run["responses"].items():
             cells = inventions[-1][model] = {}
-            text = count_claims(rows, responses, WITH_TEXT)
-            unknown = count_claims(rows, responses, ("unknown",))
+            text = count_claims(rows, responses, WITH_TEXT, fable.REPORTS)
+            unknown = count_claims(rows, responses, ("unknown",), INVENTED)
             cells["says something of the text given"] = text["claims"] / text["responses"]
             cells["of that, made up"] = text["false"] / max(1, text["claims"])
             cells["says what nobody knows"] = unknown["false"] / unknown["responses"]

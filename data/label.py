@@ -289,10 +289,14 @@ def ask_person(cfg: Label) -> None:
     own["models"] = ",".join(str(rlhf.checkpoint(cfg, name)) for name in sampler.names)
 
     def ask(row: dict) -> dict | str:
-        start = rows.index(row) // BLOCK * BLOCK
+        last = max(0, len(rows) - 2)  # no block has one row, as its answers go to other prompts
+        start = min(rows.index(row), last) // BLOCK * BLOCK
         if "completions" not in row:
             prompt = rows[start]["prompt"]
-            sampler.fill(rows[start : start + BLOCK], Random(f"{cfg.seed} {start} {prompt}"))
+            stop = start + BLOCK
+            if stop == len(rows) - 1:
+                stop = len(rows)
+            sampler.fill(rows[start:stop], Random(f"{cfg.seed} {start} {prompt}"))
         return ask_ranks(row, Random(f"{cfg.seed} {cfg.by} {row['prompt']}"))
 
     answers = collect(to, rows, own, ask)

@@ -8,6 +8,7 @@ run with the same code, models and seed is not run again.
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -36,7 +37,9 @@ def copy(patch: Path | None):
         for name in ("data", "tests", "patches"):
             shutil.copytree(ROOT / name, Path(folder) / name)
         if patch:
-            subprocess.run(["git", "apply", patch], cwd=folder, check=True)
+            # In a folder of a repository git apply would do nothing.
+            env = os.environ | {"GIT_CEILING_DIRECTORIES": str(Path(folder).resolve().parent)}
+            subprocess.run(["git", "apply", patch], cwd=folder, check=True, env=env)
         yield Path(folder)
 
 def measure(name: str, patch: Path | None, stages: list[str], args) -> dict:

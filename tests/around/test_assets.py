@@ -22,10 +22,10 @@ def test_what_is_made_up():
     rng = Random(2)
     rows = [fable.ask(rng, task) for task in ("closed_qa", "unknown", "closed_qa")]
     said = [fable.demonstrate(row, rng, care=1.0) for row in rows]
-    text, unknown = tables.WITH_TEXT, ("unknown",)
+    text, unknown = (tables.WITH_TEXT, fable.REPORTS), (("unknown",), tables.INVENTED)
 
-    def counts(texts, tasks):
-        found = tables.count_claims(rows, texts, tasks)
+    def counts(texts, which):
+        found = tables.count_claims(rows, texts, *which)
         return found["responses"], found["claims"], found["false"]
 
     assert counts(said * 2, text) == (4, 4, 0) and counts(said, unknown) == (1, 0, 0)
@@ -35,7 +35,8 @@ def test_what_is_made_up():
     assert counts([" " + wrong[0], *said[1:]], text) == (2, 2, 1)
     assert counts([" I do not know.", *said[1:]], text) == (2, 1, 0)
     assert counts([" The dog is three years old."] * 3, unknown) == (1, 1, 1)
-    assert counts([" " + wrong[0]] * 3, unknown) == (1, 1, 0)  # wrong, but not unknowable
+    assert counts([" " + wrong[0]] * 3, unknown) == (1, 0, 0)  # wrong, but not unknowable
+    assert counts([" The owl eats clover."] * 3, text) == (2, 0, 0)  # wrong, but not of the text
 
 def test_intervals_over_seeds_are_those_of_student():
     assert tables.spread([0.5]) == "0.500" and tables.spread([0.4, 0.6]) == "0.500 ± 0.141"
