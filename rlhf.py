@@ -542,7 +542,7 @@ def ranked_passes(rankings: list[Ranking], cfg: Settings):
         yield Ranked(examples, ranks, groups, count)
 
 def rm(cfg: RM) -> None:
-    """Step 2: learn to score completions in the labelers' order, by eq. (2)."""
+    """Step 2: learn to score completions in the labelers' order, by eq. (2), without dropout."""
     tokenizer = get_tokenizer(cfg.data)
     data = Path(cfg.data)
     model = scalar_model(load(cfg, cfg.init))

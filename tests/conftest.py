@@ -32,8 +32,6 @@ def reproducible():
     torch.manual_seed(0)
     torch.set_num_threads(1)
 
-# ---- models ------------------------------------------------------------------------------------
-
 def lively(model: torch.nn.Module) -> torch.nn.Module:
     """Weights far larger than a fresh model's, all distributions of which are nearly uniform."""
     with torch.no_grad():
@@ -61,8 +59,6 @@ def policy() -> GPT:
 def prompts() -> list[list[int]]:
     """Ragged, and two of them with a token in them that the tests use as EOS, 0 and 2."""
     return [[3], [4, 5, 6, 7], [2, 0, 9], [8, 1], [5, 5, 5, 5, 5, 2], [10, 4]]
-
-# ---- data --------------------------------------------------------------------------------------
 
 BYTES = [bytes([i]) for i in range(256)]
 

@@ -51,8 +51,7 @@ def test_passes_have_rows_of_like_length(lengths, size, device, expected):
     ([2] * 8, 8, [4, 4]), ([2, 2, 4], 8, [2, 1]), ([9, 3], 4, [1, 1])])
 def test_a_pass_has_whole_prompts_and_seldom_more_rows_than_asked_for(completions, size, prompts):
     rankings = [Ranking([Example([0], 0)] * k, list(range(k)), "") for k in completions]
-    cfg = rlhf.Settings(microbatch_size=size, device="cpu")
-    passes = list(rlhf.ranked_passes(rankings, cfg))
+    passes = list(rlhf.ranked_passes(rankings, rlhf.Settings(microbatch_size=size, device="cpu")))
     assert [len(set(ranked.groups.tolist())) for ranked in passes] == prompts
     assert sum(len(ranked.examples) for ranked in passes) == sum(completions)
 
@@ -80,8 +79,6 @@ def test_documents_are_whole_or_a_window():
     assert set(found) == every and len(examples) == 2000
     assert {start for _, start in examples} == {1}
     assert all(300 < found[tuple(ids)] < 500 for ids in documents[:3])  # each is as likely
-
-# ---- the stages that train, by hand ------------------------------------------------------------
 
 class ByHand:
     """Adam as the paper has it, on a gradient of norm 1 at most; the metrics of each step."""

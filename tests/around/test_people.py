@@ -136,7 +136,7 @@ def scripted(folder: Path, monkeypatch, count: int) -> None:
     monkeypatch.setattr(label.fable, "rank", lambda who, row, texts, rng: list(range(len(texts))))
 
 def test_the_last_completion_answers_another_prompt(folder, type_in, monkeypatch):
-    """For a person as well as for scripted labelers. Models answer with the question's number."""
+    """Models answer with the question's number. A person's 17th prompt is no block of its own."""
     tokenizer = files.get_tokenizer(folder)
 
     def complete(model, prompts, *_):
@@ -144,12 +144,12 @@ def test_the_last_completion_answers_another_prompt(folder, type_in, monkeypatch
         return [files.encode(tokenizer, f" {text}\n\nHuman: And?") for text in texts]
 
     monkeypatch.setattr(rlhf, "complete", complete)
-    scripted(folder, monkeypatch, 13)
+    scripted(folder, monkeypatch, 17)
     type_in("--models a,b")
     path = folder / "comparisons.jsonl"
     theirs = read_jsonl(path)
     path.unlink()
-    type_in("--by anna --models a,b --k_max 4", *["1 2 3 4"] * 13)
+    type_in("--by anna --models a,b --k_max 4", *["1 2 3 4"] * 17)
     for rankings, k in ((theirs, range(4, 10)), (read_jsonl(path), [4])):
         strays = set()
         for row in rankings:
@@ -157,7 +157,7 @@ def test_the_last_completion_answers_another_prompt(folder, type_in, monkeypatch
             strays.add(stray)
             assert len(own) + 1 in k and stray not in own
             assert set(own) == {f" {row['prompt'].split()[2]}"}
-        assert len(rankings) == len(strays) == 13
+        assert len(rankings) == len(strays) == 17
 
 def test_undo_takes_back_ones_own_last_answer(folder, type_in, fixed):
     fixed(prompts(3))

@@ -58,6 +58,7 @@ def test_commands_are_understood(folder, understand):
     """Of lines of code and `spans`: the script is there, and its flags and values make sense."""
     found = 0
     for line in (folder / "README.md").read_text(encoding="utf-8").splitlines():
+        assert not re.search("(py|sh|tests|txt) .*# ", line)  # a comment is none in a Mac's zsh
         for text in [line.strip(), *re.findall("`([^`]+)`", line)]:
             for part in re.split(r" && |  +| -> ", text):
                 if COMMAND.fullmatch(part) and "`" not in part and "..." not in part:
