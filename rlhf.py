@@ -625,9 +625,9 @@ class Reward:
 def ppo(cfg: PPO) -> None:
     """Step 3: maximise the reward, with a KL term and a pretraining term (paper, eq. 2).
 
-    eq. (7): the policy minimises (5) + ptx_coef (1), and the value network minimises (6). Not
-    stated, and our choice: there is no dropout, responses are sampled from the weights of the
-    last step and not from their average, and rewards are not whitened (OpenAI, 2019: they are).
+    eq. (7): the policy minimises (5) + ptx_coef (1), and the value network minimises (6). Our
+    choices, as the paper is silent: no dropout; responses are sampled from the weights of the
+    last step, not from their average; rewards are not whitened (OpenAI, 2019: they are).
     """
     tokenizer = get_tokenizer(cfg.data)
     eos = tokenizer.eot_token
@@ -641,7 +641,7 @@ def ppo(cfg: PPO) -> None:
     value_optimizer = adam(value)
     longest = longest_prompt(readers, cfg)
     records = read_prompts(Path(cfg.data) / "prompts.jsonl", tokenizer, longest)
-    records *= math.ceil(cfg.iterations * cfg.rollout_size / len(records))  # enough for all
+    records *= math.ceil(cfg.iterations * cfg.rollout_size / len(records))  # for all iterations
     gold = gold_function(records, cfg.gold)
     heldout = read_heldout(tokenizer, policy, cfg)
     files = ["prompts.jsonl", "pretrain_valid.txt"]
@@ -692,7 +692,7 @@ def ppo(cfg: PPO) -> None:
         advantages, returns = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)
         advantages = whiten(advantages, mask)
 
-        # 4. Update both networks, eq. (5) and (6), a step per minibatch; the first epoch's are 2's.
+        # 4. Update both networks, eq. (5) and (6), a step per minibatch; the first epoch as in 2.
         for _ in range(cfg.epochs - 1):
             minibatches += chunks(rng.permutation(len(batch)).tolist(), cfg.minibatch_size)
         warmup = min(1.0, 0.1 + 0.09 * iteration)  # a tenth to 1 (C.4: of the policy)
