@@ -22,14 +22,15 @@ if [ -n "${ABLATIONS:-}" ]; then
         train ppo --name "kl_$kl" --kl_coef $kl --ptx_coef 0
         train ppo --name "ptx_kl_$kl" --kl_coef $kl
     done
-    for ptx in 0.1 2; do # Figure 33: the ptx coefficient does
-        train ppo --name "ptx_$ptx" --ptx_coef $ptx
-    done
-    for beta in 0.3 3; do
-        train dpo --name "dpo_$beta" --beta $beta
-    done
-    evaluate --name ablations --samples 4 \
-        --models kl_0,ptx_kl_0,kl_0.04,ptx_kl_0.04,kl_0.64,ptx_kl_0.64,ptx_0.1,ptx_2,dpo_0.3,dpo_3
+    for ptx in 0.1 2; do train ppo --name "ptx_$ptx" --ptx_coef $ptx; done # Figure 33: ptx does
+    for beta in 0.3 3; do train dpo --name "dpo_$beta" --beta $beta; done
+    second=$out/second # steps 2 and 3 again, with rankings of what PPO-ptx writes, too
+    mkdir -p "$second" && cp "$out"/data/*.* "$second"
+    python3 data/label.py "${run[@]}" --data "$second" --round 2 --models ppo_ptx
+    train rm --name rm2 --data "$second"
+    train ppo --name ppo_ptx2 --reward_model rm2
+    evaluate --name ablations --samples 4 --models \
+        kl_0,ptx_kl_0,kl_0.04,ptx_kl_0.04,kl_0.64,ptx_kl_0.64,ptx_0.1,ptx_2,dpo_0.3,dpo_3,ppo_ptx2
 fi
 evaluate --name temperature_1.0 --samples 4 \
     --models gpt,gpt+fewshot,sft,ppo_init,dpo,ppo,ppo_ptx_raw,ppo_ptx
@@ -41,8 +42,7 @@ for model in rm rm_384; do # over-optimisation, beyond the list of what the fina
 done
 
 patched=$out/best_of_n # what the reward model likes best of eight samples of PPO's start
-mkdir -p "$patched"
-cp -r rlhf.py model.py parallel.py data "$patched"
+mkdir -p "$patched" && cp -r rlhf.py model.py parallel.py data "$patched"
 (cd "$patched" && patch -s -p1) < patches/variants/best-of-n.patch
 python3 "$patched/rlhf.py" evaluate "${run[@]}" --prompts prompts_test.jsonl --name best_of_8 \
     --models ppo_init --best_of 8
