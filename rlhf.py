@@ -243,7 +243,8 @@ def lm_pass(policy: GPT, examples: list[Example], cfg: "Settings", coef: float =
     """Eq. (1) over the examples, nats per token; accumulates the gradient of coef * loss."""
     count = sum(len(example.ids) - example.prompt_len for example in examples)
     losses = []
-    for indices in by_length(share(range(len(examples))), examples, cfg):
+    own = share(range(len(examples)))
+    for indices in by_length(own, examples, cfg):
         tokens, mask, _ = pad_examples([examples[i] for i in indices], cfg.device)
         with torch.set_grad_enabled(coef > 0):
             loss = lm_loss(token_logprobs(policy, tokens, mask), mask, count)

@@ -28,7 +28,7 @@ T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # 97.5 % p
 BINS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.001)  # where 1 is in the last
 LABELERS = {"training labelers": fable.TRAIN_LABELERS, "other labelers": fable.HELDOUT_LABELERS}
 WITH_TEXT = ("summarization", "classification", "closed_qa", "extraction")
-INVENTED = ("invented_name", "invented_age", "invented_dream", "invented_moon")
+INVENTED = tuple(kind for kind in fable.FORMS if kind.startswith("invented"))
 
 def spread(values: list[float]) -> str:
     """Mean and sample standard deviation."""
