@@ -64,7 +64,7 @@ gpt2() {
     evaluate
 }
 
-case ${1:-fable} in
+case ${*:-fable} in
     fable | gpt2) ${1:-fable} ;;
-    *) echo "./train.sh fable or ./train.sh gpt2, not $1" >&2 && exit 2 ;;
+    *) echo "./train.sh fable or ./train.sh gpt2, not $*: settings stand before it" >&2 && exit 2 ;;
 esac

@@ -70,20 +70,20 @@ def test_commands_are_understood(folder, understand):
     (["fable"], {}, 9), ([], {"SMOKE": "1", "OUT": "out dir"}, 9), ([], {"ROUNDS": "3"}, 15),
     ([], {"RESUME": "1", "SEED": "2"}, 9), (["gpt2"], {"OUT": "out dir"}, 8),
     (["gpt2"], {"MODEL": "gpt2-xl", "FEEDBACK": "hh", "SMOKE": "1"}, 8),
-    (["gpt2"], {"FEEDBACK": "mine 'my pairs.jsonl'"}, 7)])
+    (["gpt2"], {"FEEDBACK": "mine 'my pairs.jsonl'"}, 7), (["gpt2", "--model", "gpt2-xl"], {}, 0)])
 def test_train_sh_runs_commands_that_exist(tmp_path, understand, words, environment, count):
     """Through a link, from a folder with blanks, into one; python3 here only writes them down."""
     script = tmp_path / "project of mine/train.sh"
     script.parent.mkdir()
     script.write_bytes((ROOT / "train.sh").read_bytes())
-    script.chmod(0o755)
     (tmp_path / "link.sh").symlink_to(script)
     fake = tmp_path / "bin/python3"
     fake.parent.mkdir()
     fake.write_text('#!/usr/bin/env bash\nprintf "%q " "$@" >> "$LOG"\necho >> "$LOG"\n')
     fake.chmod(0o755)
     env = {"PATH": f"{fake.parent}:{os.environ['PATH']}", "LOG": str(tmp_path / "log")}
-    subprocess.run([tmp_path / "link.sh", *words], cwd=tmp_path, check=True, env=env | environment)
+    told = subprocess.run(["bash", "link.sh", *words], cwd=tmp_path, env=env | environment)
+    assert told.returncode == (0 if count else 2)
     lines = (tmp_path / "log").read_text().splitlines()
     found = [shlex.split(line) for line in lines if not line.startswith("-c")]
     assert len(found) == count
