@@ -110,8 +110,8 @@ def known(row: dict, names: tuple, args, seen: Counter, where: str = "") -> dict
         elif name not in names and value not in EMPTY:
             unknown[name] = value
     for name, value in unknown.items():
-        names = shlex.quote(printable(",".join(unknown)))
-        todo = f"rename it as in data/README.md, or leave it out: --ignore {names:.180}"
+        names = shlex.quote(printable(",".join(unknown))[:180])
+        todo = f"rename it as in data/README.md, or leave it out: --ignore {names}"
         raise ValueError(f"{where}unknown field {name!a:.60}, which holds {value!a:.60}; {todo}")
     return kept
 
@@ -167,7 +167,7 @@ def split_text(text: str, speaker: str) -> list[tuple]:
     if not re.match("(Human|Assistant|System):", text):
         return [(speaker, text)]
     for gap in GAPS:  # with the last one, a speaker may have several turns
-        parts = re.split(rf"(?:^|{gap})(^System|Human|Assistant):", text)
+        parts = re.split(rf"(?:^|{gap})((?<!.)System|Human|Assistant):", text)
         speakers = parts[1::2]
         takes_turns = all(one != other for one, other in zip(speakers, speakers[1:]))
         if len(speakers) > 1 and takes_turns:
@@ -322,14 +322,15 @@ def rows_of(path: Path):
         whole = json.loads(text, object_pairs_hook=unique)  # a list, or one object
     except (ValueError, RecursionError) as error:
         if text.lstrip().startswith("["):
-            raise UserError(f"{path} is not a list in JSON: {error}") from None
+            raise UserError(f"the list in {path} cannot be read: {error}") from None
         whole = None
     if isinstance(whole, dict):
-        for field, value in whole.items():
-            if isinstance(value, list) and whole.keys().isdisjoint(FIELDS):
-                code = ROWS.format(f"json.load(open({str(path)!r}))[{field!r}]")
-                what = f"one object around {', '.join(whole):.100}"
-                raise UserError(todo.format(path, what, shlex.quote(code)))
+        lists = [field for field, value in whole.items() if isinstance(value, list)]
+        if lists and whole.keys().isdisjoint(FIELDS):
+            longest = max(lists, key=lambda field: len(whole[field]))
+            code = ROWS.format(f"json.load(open({str(path)!r}))[{longest!r}]")
+            what = f"one object around {', '.join(whole):.100}"
+            raise UserError(todo.format(path, what, shlex.quote(code)))
         whole = [whole]
     if isinstance(whole, list):
         rows = map(json.dumps, whole)
@@ -483,7 +484,7 @@ def main(words: list[str] | None = None) -> None:
     add("--scale", type=float, default=1.0, help="fable: 1 is the full set")
     add("--valid", type=float, default=0.05, help="share that is held out, if no file is")
     add("--skip-bad", action="store_true", help="leave out rows that would be refused")
-    add("--ignore", default="", metavar="FIELD,...", help="fields that may be left out")
+    add("--ignore", metavar="FIELD,...", help="fields that may be left out")
     add("--lang", default="en", help="oasst: language")
     args = parser.parse_intermixed_args(words)
     if args.name == "mine" and not args.files:
@@ -493,7 +494,7 @@ def main(words: list[str] | None = None) -> None:
     if not 0 < args.valid < 1 or not 0 < args.scale < 100:
         parser.error("--valid should be between 0 and 1, --scale between 0 and 100")
     args.data = args.data or Path("out", {"fable": "data"}.get(args.name, args.name))
-    args.ignore = set(args.ignore.split(",")) - {""}
+    args.ignore = set() if args.ignore is None else set(args.ignore.split(","))  # "" is a name
     args.skip_bad |= args.name != "mine"
     if args.name == "webtext":
         args.ignore |= {"id", "length", "ended"}

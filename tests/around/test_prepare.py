@@ -111,6 +111,8 @@ READ = [(row, found) for found, rows in (
     (demo(f"\n\nSystem: Be brief.{MELT}"), [
      {"messages": [{"role": "system", "content": "Be brief."}, user(WHY), bot(FILM)], **Q},
      {"prompt": f"System: Be brief.{MELT}", "completion": FILM}]),
+    (demo(MELT[:-12] + "\n\nSystem: Be brief." + said("And?")), [
+     {"prompt": f"Human: {WHY}\nSystem: Be brief.\nHuman: And?", "completion": FILM}]),
     (demo(f"\n\nAssistant: Hello!{MELT}"), [
      {"conversations": [{"from": "gpt", "value": "Hello!"}, *SHARE], **Q}]),
     (pair(labeler="ann"), [
@@ -149,12 +151,11 @@ REFUSED = [(row, named) for named, rows in {
     r"messages\[1\]: unknown field 'tool_calls'": [
         {"messages": [user(WHY), bot("", tool_calls=[{"f": 1}])]}],
     "'Prompt', which .*: --ignore Prompt,id": [{"Prompt": WHY, "id": 1, "completion": FILM}],
-    "'n{59}, .*: --ignore n{180} ": [{**DEMO, "n" * 999: 1}],
+    "'(n n){19}n , .*: --ignore '(n n){60}' ": [{**DEMO, "n n" * 999: 1}],
     "not hold": [{**DEMO, "wants": float("nan")}, {"prompt": "\ud800"}],
     "text": [{"text": "Once.", **Q}, {"text": "Once.", "source": "web"}, {"text": ["Once."]},
              {"text": " \n"}, {"text": EOT}],
-    "beside instruction, output: --ignore text": [
-        {"instruction": WHY, "output": FILM, "text": f"{WHY} {FILM}"}],
+    "beside instruction, output: --ignore text": [{"instruction": WHY, "output": "a", "text": "x"}],
     "end with a turn of the user, not": [
         {"messages": [user(WHY), bot("a"), bot("b")]}, {"prompt": LONGER[:2], "completion": "x"}],
     "beside a completion": [{**Q, "completion": None, "label": True}],
@@ -210,12 +211,12 @@ def test_rows_that_are_refused_by_file_line_and_name(row, named, data, tmp_path)
     assert len(sentence) < 500 and sentence.isascii()
 
 def test_ignored_fields_and_rows_left_out_are_counted(data, tmp_path, capsys):
-    rows = [{"prompt": f"Q{i}", "completion": "A", "id": i, "note": None} for i in range(40)]
+    rows = [{"prompt": f"Q{i}", "completion": "A", "": i, "id": i, "note": None} for i in range(40)]
     rows.append({"messages": [user("Q", name="me"), bot("A", name="you")]})
     rows += [row for row, _ in REFUSED]
     path = write(tmp_path / "rows.jsonl", rows)
     assert f"({len(rows)} refused, so" in refusal("mine", path, data=data)
-    run("mine", path, "--ignore", "id,name,note", "--skip-bad", data=data)
+    run("mine", path, "--ignore", "id,name,note,", "--skip-bad", data=data)
     out = capsys.readouterr().out
     assert f": 42 rows used, {len(rows) - 42} refused" in out and len(both(data, "sft")) == 42
     assert "41 fields id" in out and "2 fields name ignored" in out and "fields note" not in out
@@ -237,7 +238,7 @@ def test_files_of_rows_that_are_read(name, content, data, tmp_path):
 @pytest.mark.parametrize("name, content, named", [
     ("t.csv", b"prompt,completion\nq,a\n", "CSV"), ("t.bin", b"PAR1xxPAR1", "parquet"),
     ("t.jsonl", json.dumps(ROWS[0]).encode("utf-16"), "UTF-16"), ("t", b"ARROW1\0", ""),
-    ("t.json", json.dumps({"version": 1, "data": ROWS}, indent=1).encode(), "data"),
+    ("t.json", json.dumps({"names": [{}], "data": ROWS}, indent=1).encode(), "data"),
     ("t.jsonl", json.dumps({"train": ROWS}).encode(), "train")])
 def test_other_formats_are_named_with_what_converts_them(name, content, named, data, tmp_path):
     path = tmp_path / f"anna's {name}"
@@ -260,8 +261,7 @@ def test_other_formats_are_named_with_what_converts_them(name, content, named, d
     ("rows.txt", b'{"prompt": "Q"}\n{', ".jsonl"), ("rows.md", b'[\n {"prompt"', "name it .jsonl"),
     ("data/x.jsonl", b'{"prompt": "Q"}\n{"prompt": "R"}', "move it, or pass another --data"),
     ("x", b'\xef\xbb\xbf{"prompt": "Q"}\r\n\r\n{"prompt": "Q"', "x, line 3: not JSON"),
-    ("x", b'{"prompt": "Q"}\n' + b"[" * 99_999, "x, line 2: "),
-    ("one.jsonl", b'{"prompt": "Q"}', "nothing")])
+    ("x", b'{"prompt": "Q"}\n' + b"[" * 9**5, "x, line 2: "), ("y", b'{"prompt": "Q"}', "nothing")])
 def test_files_that_cannot_be_used(name, content, named, data, tmp_path):
     (tmp_path / name).write_bytes(content)
     assert named in refusal("mine", tmp_path / name, data=data)
