@@ -35,7 +35,7 @@ import time
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Annotated, NamedTuple, get_args
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin
 from zipfile import ZipFile
 
 import numpy as np
@@ -325,7 +325,7 @@ NotNegative = Annotated[float, 0, 1e9]
 Fraction = Annotated[float, 0, 1]
 BelowOne = Annotated[float, 0, 0.99]
 Positive = Annotated[float, 1e-6, 1e9]
-Count = Annotated[int, 1, 2**62]
+Count = Annotated[int, 1, 2**31]
 Window = Annotated[int, 2, 2**62]  # one token is given, the next predicted
 
 @dataclass
@@ -333,8 +333,8 @@ class Settings:
     data: str = "out/data"  # folder of the data set
     out: str = "out"  # folder of checkpoints and logs
     seed: Annotated[int, 0, 2**62] = 1  # random seed
-    device: str = "auto"  # auto, cpu or cuda
-    dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 on CUDA, else float32
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is a GPU
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA alone
     microbatch_size: Count = 32  # rows per forward pass, in sampling 8 times that; bounds memory
     max_new_tokens: Count = 48  # longest response (paper: 1,000)
     gold: str = "data/fable.py"  # file with gold(row, completion), a score that is only shown
@@ -348,7 +348,7 @@ class Training(Settings):
 class Pretrain(Training):
     """The base model. The paper began with GPT-3, so all of this is our choice."""
     name: str = "gpt"  # name of the run, its checkpoint and its log
-    preset: str = "fable"  # shape of the model, one of model.PRESETS
+    preset: Literal[tuple(PRESETS)] = "fable"  # shape of the model, one of model.PRESETS
     steps: Count = 1400  # optimizer steps
     batch_size: Count = 96  # documents per step
     microbatch_size: Count = 96  # rows per forward pass; only bounds the memory
@@ -399,7 +399,7 @@ class PPO(Training):
     cliprange: NotNegative = 0.2  # of the ratio (paper: 0.2)
     cliprange_value: NotNegative = 0.2  # of the value's change (not stated; OpenAI, 2019: 0.2)
     max_kl: NotNegative = 0.1  # end an iteration's updates when approxkl exceeds this (our guard)
-    missing_eos_score: float = -1.0  # highest score without EOS (OpenAI in 2019: always -1)
+    missing_eos_score: Annotated[float, -1e9, 1e9] = -1.0  # cap without EOS (OpenAI: -1)
     ema_decay: Fraction = 0.992  # per step (our choice), of the saved weights (paper: 0.992)
 
 @dataclass
@@ -428,9 +428,6 @@ class Evaluate(Settings):
 class Chat(Settings):
     model: str = "ppo_ptx"  # model to talk to
     temperature: NotNegative = 0.7  # 0 always takes the likeliest token
-
-CHOICES = {"preset": PRESETS, "device": ("auto", "cpu", "cuda")}
-CHOICES["dtype"] = ("auto", "float32", "bfloat16")
 
 # ---- Pretraining, and step 1: supervised fine-tuning -----------------------------------
 
@@ -481,9 +478,7 @@ def sft(cfg: SFT) -> None:
     model = load(cfg, cfg.init, GPT, cfg.dropout)
     examples = read_demonstrations(data / "sft.jsonl", tokenizer, model.config.block_size)
     valid = read_demonstrations(data / "sft_valid.jsonl", tokenizer, model.config.block_size)
-    files = ["sft.jsonl", "sft_valid.jsonl"]
     if cfg.pretrain_fraction:
-        files.append("pretrain.txt")
         documents = read_pretraining(tokenizer, model, cfg)
         count = round(len(examples) * cfg.pretrain_fraction / (1 - cfg.pretrain_fraction))
         rng = np.random.default_rng(cfg.seed)
@@ -496,7 +491,7 @@ def sft(cfg: SFT) -> None:
     steps_per_epoch = math.ceil(len(examples) / cfg.batch_size)
     total = cfg.epochs * steps_per_epoch
     optimizer = adam(model)
-    run = Run(cfg, total, files, [model, optimizer])
+    run = Run(cfg, total, ["sft.jsonl", "sft_valid.jsonl", "pretrain.txt"], [model, optimizer])
     for step in run.steps():
         batch = batch_at(examples, cfg.batch_size, step, cfg.seed)
         model.train()
@@ -509,11 +504,11 @@ def sft(cfg: SFT) -> None:
                 responses = complete(model, prompts, tokenizer.eot_token, cfg)
                 scores = score(reward_model, behind(prompts, responses), cfg)
                 metrics["valid/score"] = scores.mean().item()
-                if metrics["valid/score"] > run.best:
-                    run.best = metrics["valid/score"]
-                    save(checkpoint(cfg, cfg.name), model)
             tqdm.write(describe(metrics))
         run.log(metrics, "loss")
+        if metrics.get("valid/score", -math.inf) > run.best:
+            run.best = metrics["valid/score"]
+            save(checkpoint(cfg, cfg.name), model)
     run.finish(None if cfg.reward_model else model)
 
 # ---- Step 2: the reward model ----------------------------------------------------------
@@ -645,9 +640,8 @@ def ppo(cfg: PPO) -> None:
     records *= math.ceil(cfg.iterations * cfg.rollout_size / len(records))  # for all iterations
     gold = gold_function(records, cfg.gold)
     heldout = read_heldout(tokenizer, policy, cfg)
-    files = ["prompts.jsonl", "pretrain_valid.txt"]
+    files = ["prompts.jsonl", "pretrain.txt", "pretrain_valid.txt"]
     if cfg.ptx_coef:
-        files.append("pretrain.txt")
         documents = read_pretraining(tokenizer, policy, cfg)
     parts = [policy, value, ema, policy_optimizer, value_optimizer]
     run = Run(cfg, cfg.iterations, files, parts)
@@ -685,7 +679,7 @@ def ppo(cfg: PPO) -> None:
         all_sum(scores, old_logprobs, ref_logprobs, old_values)
 
         # 3. Rewards per token, eq. (3); advantages and returns, eq. (4); whitened advantages.
-        #    Without EOS, a score is at most missing_eos_score, and never raised to it.
+        #    Without EOS, a score is at most missing_eos_score (OpenAI, 2019: always that).
         raw_scores = scores
         ended = torch.tensor([response[-1] == eos for response in responses], device=cfg.device)
         scores = torch.where(ended, scores, scores.clamp(max=cfg.missing_eos_score))
@@ -725,7 +719,7 @@ def ppo(cfg: PPO) -> None:
                 tqdm.write(f"approxkl exceeds --max_kl after {len(steps)} updates")
                 break
             if cfg.ptx_coef:  # its gradient is added to that of eq. (5) in the same buffers (C.4)
-                size = math.ceil(cfg.ptx_ratio * cfg.minibatch_size)
+                size = math.ceil(cfg.ptx_ratio * len(minibatch))
                 text = random_documents(documents, size, cfg.window, rng)
                 stats["loss/ptx"] = lm_pass(policy, text, cfg, cfg.ptx_coef)
             stats["policy/grad_norm"] = update(
@@ -912,7 +906,7 @@ def evaluate(cfg: Evaluate) -> None:
         for probe in read_prompts(data / "probes.jsonl", tokenizer, longest, "completion"):
             probes.setdefault(probe.get("task", "in-context"), []).append(probe)
     shots = []
-    if fewshot.exists():
+    if any("+" in title for title in policies):
         for example in read_demonstrations(fewshot, tokenizer, longest):
             shots += example.ids[:-1]  # without the EOS
     table = {}
@@ -964,11 +958,11 @@ def evaluate(cfg: Evaluate) -> None:
         for title in table:
             rate, margin = win_rate(found["gold"][title], found["gold"][cfg.baseline])
             table[title] = {"win rate": rate, "±": margin, **table[title]}
-    print(markdown(table))
     content = json.dumps(found, default=np.ndarray.tolist)  # gold is in arrays
     for suffix, text in ((".md", markdown(table)), (".json", content)):
         with replacing(Path(cfg.out) / (cfg.name + suffix)) as file:
             file.write(f"{text}\n".encode())
+    print(markdown(table))
 
 def load_if_there(cfg: Evaluate, name: str, kind: type):
     """The model, or None, and a line that says what the table lacks."""
@@ -1074,11 +1068,15 @@ class Run:
         self.best = -math.inf  # the best validation score so far, for stages that have one
         self.stop_asked = False
         self.identity = {}
+        written = checkpoint(cfg, cfg.name).resolve()
         for flag, value in asdict(cfg).items():
             if flag not in ("data", "out", "gold", "resume", "save_minutes", "microbatch_size"):
                 self.identity[f"--{flag}"] = str(value)
             if flag in ("init", "reward_model", "value_init") and value:
-                self.identity[f"{value} (--{flag})"] = digest(checkpoint(cfg, value))
+                start = checkpoint(cfg, value)
+                if start.resolve() in (written, written.with_stem(f"{written.stem}_raw")):
+                    raise UserError(f"--name {cfg.name} would overwrite --{flag} {value}")
+                self.identity[f"{value} (--{flag})"] = digest(start)
         for name in ("tokenizer.tiktoken", *files):
             self.identity[name] = digest(Path(cfg.data) / name)
         self.state_path = Path(cfg.out) / cfg.name / "state.pt"
@@ -1109,7 +1107,7 @@ class Run:
         self.step = state["step"]
         self.best = state["best"]
         if RANK == 0:
-            self.file.truncate(state["log_bytes"])
+            self.file.truncate(min(state["log_bytes"], self.file.tell()))
 
     def steps(self):
         """Yield the steps that are left, each with a seed of its own; save in between."""
@@ -1144,6 +1142,9 @@ class Run:
     def log(self, metrics: dict, *shown: str) -> None:
         """Write a line of metrics.jsonl; `shown` keys appear beside the progress bar."""
         line = {"step": self.step + 1, "seconds": round(time.time() - self.began, 2), **metrics}
+        odd = [key for key, value in metrics.items() if not math.isfinite(value)]
+        if odd:
+            raise UserError(f"{', '.join(odd)}: not finite; lower the learning rate")
         if self.cfg.device == "cuda":
             line["gigabytes"] = torch.cuda.max_memory_reserved() / 1e9
         print(json.dumps(line), file=self.file, flush=True)
@@ -1188,8 +1189,8 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
             options["action"] = argparse.BooleanOptionalAction
         elif kind in (int, float):
             options["type"] = kind
-        if field.name in CHOICES:
-            options["choices"] = CHOICES[field.name]
+        elif get_origin(field.type) is Literal:
+            options["choices"] = get_args(field.type)
         parser.add_argument(f"--{field.name}", **options)
 
 def settle(cfg: Settings) -> None:
@@ -1199,8 +1200,8 @@ def settle(cfg: Settings) -> None:
         low, high = getattr(field.type, "__metadata__", (None, None))
         if low is not None and not low <= value <= high:
             raise UserError(f"--{field.name} {value} should be from {low} to {high}")
-    if getattr(cfg, "name", None) in (getattr(cfg, "init", ""), getattr(cfg, "reward_model", "")):
-        raise UserError(f"--name {cfg.name} is a model that this run starts from")
+    if getattr(cfg, "name", None) in ("", "."):
+        raise UserError("--name should not be empty")
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
     if cfg.device == "cuda" and not torch.cuda.is_available():
@@ -1251,6 +1252,8 @@ def main(argv: list[str] | None = None) -> None:
     run_stage(stage, stage.__annotations__["cfg"](**flags))
 
 if __name__ == "__main__":
+    sys.stdin = sys.stdin or open(os.devnull)  # None if it is closed
+    sys.stdout = sys.stdout or open(os.devnull, "w")
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")  # a stray character is no reason to stop
     main()

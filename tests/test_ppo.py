@@ -55,12 +55,14 @@ def test_a_pass_has_whole_prompts_and_seldom_more_rows_than_asked_for(completion
     assert [len(set(ranked.groups.tolist())) for ranked in passes] == prompts
     assert sum(len(ranked.examples) for ranked in passes) == sum(completions)
 
-def test_update_refuses_a_gradient_that_is_not_finite(policy):
+def test_update_refuses_a_gradient_that_is_not_finite(policy, project):
     before = weights(policy)
     (math.inf * policy(tensor([[1, 2]])).sum()).backward()
     with pytest.raises(UserError, match="not finite"):
         rlhf.update(policy, rlhf.adam(policy), 0.1)
     assert torch.equal(weights(policy), before)
+    with pytest.raises(UserError, match="heldout/loss: not finite"):
+        rlhf.pretrain(settings(rlhf.Pretrain, project, preset="test", steps=1, learning_rate=1e9))
 
 def test_every_item_once_an_epoch_in_a_new_order():
     batches = [rlhf.batch_at(list(range(10)), 4, step, seed=3) for step in range(9)]
@@ -307,7 +309,7 @@ def ppo_by_hand(cfg, sampled, records, documents):
             stats = losses_by_hand(nets, [episodes[i] for i in minibatch], cfg)
             loss = stats["loss/policy"]
             if cfg.ptx_coef:
-                count = math.ceil(cfg.ptx_ratio * size)
+                count = math.ceil(cfg.ptx_ratio * len(minibatch))
                 text = rlhf.random_documents(documents, count, cfg.window, rng)
                 stats["loss/ptx"] = lm_by_loop(policy, text)
                 loss = loss + cfg.ptx_coef * stats["loss/ptx"]
@@ -594,9 +596,9 @@ def test_checkpoint_round_trip(network, other, tmp_path):
         rlhf.load(cfg, "m", other)
 
 @pytest.mark.parametrize("stage, fields", [
-    (rlhf.PPO, dict(gamma=1.01)), (rlhf.PPO, dict(lam=-0.1)), (rlhf.PPO, dict(name="rm")),
+    (rlhf.PPO, dict(gamma=1.01)), (rlhf.PPO, dict(lam=-0.1)), (rlhf.PPO, dict(name="")),
     (rlhf.PPO, dict(ptx_ratio=0.0)), (rlhf.SFT, dict(window=1)), (rlhf.RM, dict(device="cuda")),
-    (rlhf.PPO, dict(name="ppo_init")), (rlhf.RM, dict(learning_rate=math.nan)),
+    (rlhf.PPO, dict(missing_eos_score=-math.inf)), (rlhf.RM, dict(learning_rate=math.nan)),
     (rlhf.RM, dict(learning_rate=math.inf)), (rlhf.SFT, dict(epochs=0)),
     (rlhf.SFT, dict(dropout=1.0)), (rlhf.SFT, dict(pretrain_fraction=1.0))])
 def test_impossible_settings_are_refused(tmp_path, monkeypatch, stage, fields):

@@ -159,6 +159,8 @@ def test_what_may_differ(start, project, monkeypatch):
     start("dpo", "whole")
     stopped(start, monkeypatch, "dpo")
     moved = shutil.copytree(project, project.with_name("elsewhere"))
+    state = torch.load(moved / "out/run/state.pt")
+    torch.save(state | {"log_bytes": 99}, moved / "out/run/state.pt")  # of a log that is lost
     folders = dict(data=f"{moved}/data", out=f"{moved}/out", gold="none.py")
     start("dpo", resume=True, save_minutes=7, microbatch_size=9, **folders)
     losses = [line["loss"] for line in metrics(moved, "run")]

@@ -102,6 +102,9 @@ def test_misspelt_names_are_said(project):
     refused("there is no .*/gtp.pt", "sft", project, init="gtp")
     refused("there is no .*/mr.pt", "ppo", project, reward_model="mr", value_init="rm")
     refused("none of the --models sfd", "evaluate", project, models="sfd")
+    refused("--name rm would overwrite --reward_model rm", "ppo", project, name="rm")
+    (project / "out/x_raw.pt").write_bytes((project / "out/gpt.pt").read_bytes())
+    refused("x would overwrite --init", "ppo", project, name="x", init=f"{project}/out/x_raw.pt")
 
 def test_another_vocabulary_of_the_same_size(project):
     shape = dict(vocab_size=257, block_size=24, n_embd=8, n_layer=1)
@@ -188,6 +191,8 @@ def test_a_stray_byte_and_a_terminal_that_is_not_utf8(project):
     done = subprocess.run(command, input=b"a\xff\x81\n\xe2\n", env=env, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(b"Assistant:") == 2
+    closed = subprocess.run(["sh", "-c", '"$@" <&- >&-', "sh", *command], env=env)
+    assert closed.returncode == 0
 
 @dataclasses.dataclass
 class Fork(rlhf.PPO):
@@ -227,12 +232,3 @@ def test_out_of_memory_says_which_flag_to_lower(project, monkeypatch):
     monkeypatch.setattr(rlhf, "update", Mock(side_effect=torch.OutOfMemoryError))
     with pytest.raises(SystemExit, match="rm: out of memory; lower --microbatch_size, now 72"):
         run("rm", project)
-
-def test_importing_does_nothing(tmp_path):
-    """No output, no files, no threads or seeds touched: every function is there for a notebook."""
-    code = """import torch; state = torch.get_rng_state(), torch.get_num_threads(); import rlhf
-assert (state[0] == torch.get_rng_state()).all() and state[1] == torch.get_num_threads()"""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
-    assert not list(tmp_path.iterdir())
