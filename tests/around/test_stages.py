@@ -97,7 +97,7 @@ def test_evaluate_models_of_different_contexts(project):
     assert rows["sft"]["held-out loss"] == rows["short"]["held-out loss"]
     assert np.isfinite(list(rows["short"].values())).all()
 
-def test_misspelt_names_are_said(project):
+def test_names_that_do_not_fit_are_said(project):
     refused("no folder .*dota", "sft", project, data=str(project / "dota"))
     refused("there is no .*/gtp.pt", "sft", project, init="gtp")
     refused("there is no .*/mr.pt", "ppo", project, reward_model="mr", value_init="rm")
