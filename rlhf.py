@@ -325,6 +325,7 @@ NotNegative = Annotated[float, 0, 1e9]
 Fraction = Annotated[float, 0, 1]
 BelowOne = Annotated[float, 0, 0.99]
 Positive = Annotated[float, 1e-6, 1e9]
+Score = Annotated[float, -1e9, 1e9]
 Count = Annotated[int, 1, 2**31]
 Window = Annotated[int, 2, 2**62]  # one token is given, the next predicted
 
@@ -399,7 +400,7 @@ class PPO(Training):
     cliprange: NotNegative = 0.2  # of the ratio (paper: 0.2)
     cliprange_value: NotNegative = 0.2  # of the value's change (not stated; OpenAI, 2019: 0.2)
     max_kl: NotNegative = 0.1  # end an iteration's updates when approxkl exceeds this (our guard)
-    missing_eos_score: Annotated[float, -1e9, 1e9] = -1.0  # cap without EOS (OpenAI: -1)
+    missing_eos_score: Score = -1.0  # highest score without EOS (OpenAI, 2019: always -1)
     ema_decay: Fraction = 0.992  # per step (our choice), of the saved weights (paper: 0.992)
 
 @dataclass
@@ -679,7 +680,7 @@ def ppo(cfg: PPO) -> None:
         all_sum(scores, old_logprobs, ref_logprobs, old_values)
 
         # 3. Rewards per token, eq. (3); advantages and returns, eq. (4); whitened advantages.
-        #    Without EOS, a score is at most missing_eos_score (OpenAI, 2019: always that).
+        #    Without EOS, a score is at most missing_eos_score, and never raised to it.
         raw_scores = scores
         ended = torch.tensor([response[-1] == eos for response in responses], device=cfg.device)
         scores = torch.where(ended, scores, scores.clamp(max=cfg.missing_eos_score))
