@@ -454,11 +454,14 @@ def pretrain(cfg: Pretrain) -> None:
     run.finish(model)
 
 def read_pretraining(tokenizer, policy: GPT, cfg) -> list[np.ndarray]:
-    """Pretraining text to mix in; UserError if --window does not fit the context."""
+    """Pretraining text to mix in; UserError if it is missing or --window does not fit."""
     context = policy.config.block_size
+    path = Path(cfg.data) / "pretrain.txt"
     if cfg.window > context:
         raise UserError(f"--window {cfg.window} is longer than the context of {context} tokens")
-    return read_documents(Path(cfg.data) / "pretrain.txt", tokenizer)
+    if not path.exists():
+        raise UserError(f"no {path}: without it --ptx_coef or --pretrain_fraction has to be 0")
+    return read_documents(path, tokenizer)
 
 def read_heldout(tokenizer, model: GPT, cfg: Settings) -> list[Example]:
     """Held-out pretraining text, at most 512 documents: shows the alignment tax."""
