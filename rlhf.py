@@ -922,6 +922,8 @@ def evaluate(cfg: Evaluate) -> None:
         shown = prompts
         if "+" in title:
             shown = [(shots + prompt)[-longest:] for prompt in prompts]
+            if len(shots) + max(map(len, prompts)) > longest:
+                print(f"{title}: the context is too short, and so the examples are cut.")
         responses = complete(policy, shown, eos, cfg, cfg.temperature)
         turns = [own_turn(decode(tokenizer, response)) for response in responses]
         found["responses"][title] = turns
