@@ -34,6 +34,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 def table(project: Path) -> dict[str, dict]:
+    assert len({line.count("|") for line in open(project / "out/evaluate.md")}) == 1
     return json.loads((project / "out/evaluate.json").read_text())["table"]
 
 def test_a_stage_leaves_a_model_and_a_log(project):
@@ -209,8 +210,7 @@ def test_new_fields_are_flags():
     assert Fork(**vars(parser.parse_args([]))) == Fork()
     line = "--warmup_iterations 3 --entropy_coef 1 --note 7 --no-adaptive --target_kl 6"
     cfg = Fork(**vars(parser.parse_args(line.split())))
-    assert cfg == Fork(
-        warmup_iterations=3, entropy_coef=1.0, note="7", adaptive=False, target_kl=6.0)
+    assert cfg == Fork(warmup_iterations=3, entropy_coef=1.0, note="7", adaptive=False, target_kl=6)
     assert type(cfg.entropy_coef) is type(cfg.target_kl) is float
     assert "0 is none, and 100 % is all [0]" in " ".join(parser.format_help().split())
 
