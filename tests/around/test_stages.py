@@ -34,7 +34,6 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 def table(project: Path) -> dict[str, dict]:
-    assert len({line.count("|") for line in open(project / "out/evaluate.md")}) == 1
     return json.loads((project / "out/evaluate.json").read_text())["table"]
 
 def test_a_stage_leaves_a_model_and_a_log(project):
