@@ -327,7 +327,7 @@ BelowOne = Annotated[float, 0, 0.99]
 Positive = Annotated[float, 1e-6, 1e9]
 Score = Annotated[float, -1e9, 1e9]
 Count = Annotated[int, 1, 2**31]
-Window = Annotated[int, 2, 2**62]  # one token is given, the next predicted
+Window = Annotated[int, 2, 2**31]  # one token is given, the next predicted
 
 @dataclass
 class Settings:
@@ -510,7 +510,7 @@ def sft(cfg: SFT) -> None:
                 metrics["valid/score"] = scores.mean().item()
             tqdm.write(describe(metrics))
         run.log(metrics, "loss")
-        if metrics.get("valid/score", -math.inf) > run.best:
+        if "valid/score" in metrics and metrics["valid/score"] > run.best:
             run.best = metrics["valid/score"]
             save(checkpoint(cfg, cfg.name), model)
     run.finish(None if cfg.reward_model else model)
@@ -1074,13 +1074,13 @@ class Run:
         self.best = -math.inf  # the best validation score so far, for stages that have one
         self.stop_asked = False
         self.identity = {}
-        written = checkpoint(cfg, cfg.name).resolve()
+        written = [checkpoint(cfg, name).resolve() for name in (cfg.name, f"{cfg.name}_raw")]
         for flag, value in asdict(cfg).items():
             if flag not in ("data", "out", "gold", "resume", "save_minutes", "microbatch_size"):
                 self.identity[f"--{flag}"] = str(value)
             if flag in ("init", "reward_model", "value_init") and value:
                 start = checkpoint(cfg, value)
-                if start.resolve() in (written, written.with_stem(f"{written.stem}_raw")):
+                if start.resolve() in written:
                     raise UserError(f"--name {cfg.name} would overwrite --{flag} {value}")
                 self.identity[f"{value} (--{flag})"] = digest(start)
         for name in ("tokenizer.tiktoken", *files):

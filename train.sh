@@ -66,5 +66,5 @@ gpt2() {
 
 case ${*:-fable} in
     fable | gpt2) ${1:-fable} ;;
-    *) echo "./train.sh fable or ./train.sh gpt2, not $*: settings stand before it" >&2 && exit 2 ;;
+    *) echo "train.sh takes fable or gpt2, not $*; settings go before it: MODEL=gpt2-xl ./train.sh gpt2" >&2 && exit 2 ;;
 esac

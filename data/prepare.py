@@ -166,7 +166,7 @@ def split_text(text: str, speaker: str) -> list[tuple]:
     """Split at the speakers of the template, if it has any, so that they take turns."""
     if not re.match("(Human|Assistant|System):", text):
         return [(speaker, text)]
-    for gap in GAPS:  # with the last one, a speaker may have several turns
+    for gap in GAPS:  # with the last one, a speaker may have several turns; System begins a line
         parts = re.split(rf"(?:^|{gap})((?<!.)System|Human|Assistant):", text)
         speakers = parts[1::2]
         takes_turns = all(one != other for one, other in zip(speakers, speakers[1:]))
@@ -484,7 +484,8 @@ def main(words: list[str] | None = None) -> None:
     add("--scale", type=float, default=1.0, help="fable: 1 is the full set")
     add("--valid", type=float, default=0.05, help="share that is held out, if no file is")
     add("--skip-bad", action="store_true", help="leave out rows that would be refused")
-    add("--ignore", metavar="FIELD,...", help="fields that may be left out")
+    add("--ignore", metavar="FIELD,...", default=[], type=lambda names: names.split(","),
+        help="fields that may be left out")
     add("--lang", default="en", help="oasst: language")
     args = parser.parse_intermixed_args(words)
     if args.name == "mine" and not args.files:
@@ -494,10 +495,9 @@ def main(words: list[str] | None = None) -> None:
     if not 0 < args.valid < 1 or not 0 < args.scale < 100:
         parser.error("--valid should be between 0 and 1, --scale between 0 and 100")
     args.data = args.data or Path("out", {"fable": "data"}.get(args.name, args.name))
-    args.ignore = set() if args.ignore is None else set(args.ignore.split(","))  # "" is a name
     args.skip_bad |= args.name != "mine"
     if args.name == "webtext":
-        args.ignore |= {"id", "length", "ended"}
+        args.ignore = args.ignore + ["id", "length", "ended"]
     try:
         if args.name == "fable":
             files = fable.make(args.seed, args.scale)

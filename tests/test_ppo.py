@@ -55,7 +55,7 @@ def test_a_pass_has_whole_prompts_and_seldom_more_rows_than_asked_for(completion
     assert [len(set(ranked.groups.tolist())) for ranked in passes] == prompts
     assert sum(len(ranked.examples) for ranked in passes) == sum(completions)
 
-def test_update_refuses_a_gradient_that_is_not_finite(policy, project):
+def test_what_is_not_finite_stops_the_run(policy, project):
     before = weights(policy)
     (math.inf * policy(tensor([[1, 2]])).sum()).backward()
     with pytest.raises(UserError, match="not finite"):
